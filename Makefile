@@ -1,0 +1,65 @@
+# Every target sets up what it needs in .venv, and does so once.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+CPP_FILES = $(shell find csrc tests bench -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name '*.h')
+
+.DELETE_ON_ERROR:
+.PHONY: help demo test microbench lint format clean FORCE
+
+help:
+	@echo "make demo        train a small GPT next to torch.optim.AdamW (ARGS=... for train_gpt.py)"
+	@echo "make test        run every test (ARGS=... for pytest)"
+	@echo "make microbench  time the steps in bench/ (ARGS=... for pytest)"
+	@echo "make lint        ruff, mypy, clang-format"
+	@echo "make format      let ruff and clang-format rewrite the files"
+	@echo "make clean       remove .venv and everything built"
+
+demo: $(VENV)/built
+	$(BIN)/python examples/train_gpt.py $(ARGS)
+
+test: $(VENV)/built $(VENV)/dev
+	$(BIN)/python -m pytest $(ARGS)
+
+microbench: $(VENV)/built $(VENV)/dev
+	$(BIN)/python -m pytest bench --benchmark-only $(ARGS)
+
+lint: $(VENV)/dev
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run -Werror $(CPP_FILES)
+
+format: $(VENV)/dev
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+	$(BIN)/clang-format -i $(CPP_FILES)
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info fused_adamw/_C.*.so
+	find . -name __pycache__ -prune -exec rm -rf {} +
+
+# The files below $(VENV) without an extension record what has been done.
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+	  { echo "Python 3.10 or later is needed; try 'make PYTHON=python3.12 ...'" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/demo: requirements/demo.txt | $(BIN)/python
+	$(BIN)/pip install -r $<
+	@touch $@
+
+$(VENV)/dev: requirements/dev.txt requirements/demo.txt | $(BIN)/python
+	$(BIN)/pip install -r $<
+	@touch $@ $(VENV)/demo
+
+$(VENV)/built: $(VENV)/demo $(VENV)/options setup.py pyproject.toml $(shell find csrc -type f)
+	$(BIN)/pip install --no-build-isolation --no-deps -v -e .
+	@touch $@
+
+# Rewritten only where the options of the build have changed.
+OPTIONS := $(CXX) $(FUSED_ADAMW_CUDA) $(FUSED_ADAMW_CUDA_ARCHS)
+$(VENV)/options: FORCE | $(BIN)/python
+	@echo '$(OPTIONS)' | cmp -s - $@ || echo '$(OPTIONS)' > $@

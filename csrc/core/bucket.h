@@ -1,0 +1,42 @@
+// What one step hands to an engine: tensors that share a rule, a storage format and a device.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "core/rule_variant.h"
+#include "storage/format.h"
+
+namespace fused_adamw {
+
+// The arrays of one parameter. States follow the gradient in the order of the rule.
+enum Slot : int { kParam = 0, kGrad = 1, kFirstState = 2 };
+constexpr int kMaxStates = 3;
+constexpr int kMaxSlots = kFirstState + kMaxStates;
+
+// Every slot holds `numel` elements in one linear order that is common to all slots.
+struct TensorEntry {
+  void* slot[kMaxSlots];
+  std::int64_t numel;
+  std::int32_t row;    // index into Bucket::coefficients, in rows
+  std::int32_t group;  // index of the param group
+  std::int64_t step;   // t of the rule, counted from 1
+};
+
+struct Bucket {
+  RuleVariant rule;
+  Format format;
+  int device_type = 0;  // DLPack's codes
+  int device_index = 0;
+  void* stream = nullptr;  // the device's current stream in torch; null on a CPU
+  std::vector<TensorEntry> tensors;
+  std::vector<float> coefficients;  // rows of `coefficients_per_row` floats
+  int coefficients_per_row = 0;
+  std::int64_t numel = 0;  // elements over all tensors
+
+  int rows() const {
+    return coefficients_per_row ? static_cast<int>(coefficients.size()) / coefficients_per_row : 0;
+  }
+};
+
+}  // namespace fused_adamw

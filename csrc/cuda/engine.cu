@@ -1,0 +1,70 @@
+#include <cuda_runtime.h>
+
+#include <stdexcept>
+#include <string>
+
+#include "cuda/check.h"
+#include "cuda/engine.h"
+#include "cuda/kernels.h"
+
+namespace fused_adamw::cuda {
+namespace {
+
+// Makes `device` current for a scope and puts the previous one back.
+class CurrentDevice {
+ public:
+  explicit CurrentDevice(int device) {
+    check(cudaGetDevice(&previous_), "reading the current device");
+    if (device != previous_) check(cudaSetDevice(device), "choosing the tensors' device");
+    changed_ = device != previous_;
+  }
+  ~CurrentDevice() {
+    if (changed_) cudaSetDevice(previous_);
+  }
+  CurrentDevice(const CurrentDevice&) = delete;
+  CurrentDevice& operator=(const CurrentDevice&) = delete;
+
+ private:
+  int previous_ = 0;
+  bool changed_ = false;
+};
+
+std::string version(int code) {
+  return std::to_string(code / 1000) + "." + std::to_string(code % 1000 / 10);
+}
+
+}  // namespace
+
+int update(const Bucket& bucket, void* stream) {
+  const CurrentDevice current(bucket.device_index);
+  for (const auto launch : {launch_float32, launch_bfloat16, launch_float16}) {
+    const int launches = launch(bucket, static_cast<cudaStream_t>(stream));
+    if (launches != kOtherFormat) return launches;
+  }
+  throw std::logic_error("no CUDA kernel for this storage format");
+}
+
+std::string unavailable_reason() {
+  int driver = 0;
+  if (cudaDriverGetVersion(&driver) != cudaSuccess || driver == 0) {
+    return "no NVIDIA driver was found on this machine";
+  }
+  // The extension carries the runtime it was built with; a driver of the same major version runs
+  // it.
+  if (driver / 1000 < CUDART_VERSION / 1000) {
+    return "the NVIDIA driver is too old: it supports CUDA " + version(driver) +
+           ", the extension was built with CUDA " + version(CUDART_VERSION);
+  }
+  if (driver < 12010) {
+    return "the NVIDIA driver is too old: launches with 32 KB of arguments need CUDA 12.1, it "
+           "supports " +
+           version(driver);
+  }
+  int devices = 0;
+  const cudaError_t status = cudaGetDeviceCount(&devices);
+  if (status != cudaSuccess) return std::string("CUDA reports: ") + cudaGetErrorString(status);
+  if (devices == 0) return "no CUDA device is visible";
+  return {};
+}
+
+}  // namespace fused_adamw::cuda

@@ -1,0 +1,47 @@
+// The kernel and its launch, compiled once for each dtype of the parameter (kernels_*.cu).
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include "cuda/check.h"
+#include "cuda/kernels.h"
+#include "cuda/update_chunk.h"
+#include "rules/registry.h"
+
+namespace fused_adamw::cuda {
+
+// 4 blocks of 256 threads a multiprocessor: at most 64 registers a thread, and 64 KB of loads in
+// flight where a block has 16 KB (four 16-byte loads a thread); an H200 needs about 48 KB. Where a
+// thread holds more than 32 values (AMSGrad on 16-bit arrays) 3 blocks give it 80 registers instead
+// of spills, and still 60 KB in flight.
+template <class Rule, class Format>
+constexpr int kBlocksPerMultiprocessor =
+    kElementsPerThread<Format> * (kFirstState + Rule::kStates) > 32 ? 3 : 4;
+
+template <class Rule, class Format>
+__global__ void __launch_bounds__(kThreads, (kBlocksPerMultiprocessor<Rule, Format>))
+    update_kernel(const __grid_constant__ LaunchArguments<Rule> arguments) {
+  update_chunk<Rule, Format>(arguments, blockIdx.x, static_cast<int>(threadIdx.x));
+}
+
+// Launches every piece of the bucket and returns their number; kOtherFormat if the bucket's format
+// is not one of `Formats`.
+template <class Formats>
+int launch_bucket(const Bucket& bucket, cudaStream_t stream) {
+  int launches = kOtherFormat;
+  visit_rule(bucket.rule, [&](auto rule) {
+    using Rule = decltype(rule);
+    visit_format(Formats{}, bucket.format, [&](auto format) {
+      launches = 0;
+      LaunchArguments<Rule> arguments;
+      for_each_launch<Rule>(bucket, arguments, [&](const auto& launch, std::uint32_t blocks) {
+        update_kernel<Rule, decltype(format)><<<blocks, kThreads, 0, stream>>>(launch);
+        check(cudaGetLastError(), "launching the update kernel");
+        ++launches;
+      });
+    });
+  });
+  return launches;
+}
+
+}  // namespace fused_adamw::cuda

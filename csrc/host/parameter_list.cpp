@@ -1,0 +1,412 @@
+#include "host/parameter_list.h"
+
+#include <algorithm>
+#include <map>
+#include <tuple>
+
+// [note: host time] A step over a thousand tensors spends its host time here, so the loop in
+// gather() uses the plain C API. A gradient costs one attribute read and one exchange-table call. A
+// parameter costs one call, since `param.data = ...` is common: its memory is compared with what
+// was registered. The memory of states is not read again: FusedOptimizer gives a registration up
+// when somebody gets hold of its state, matches() sees objects replaced behind its back, and a view
+// that is kept of each state makes sure that its memory is never freed under a step.
+//
+// [note: holding] torch keeps a tensor's Python object alive from C++ only while C++ has a
+// reference of its own, and pays some 40 ns to hand that over whenever a call takes the first such
+// reference and drops it again. Holding a reference to every parameter makes a read three times as
+// fast. A held parameter with hooks could sit in a reference cycle that Python's collector cannot
+// see through, so such are not held.
+
+namespace fused_adamw::host {
+namespace {
+
+// Python's list items, borrowed.
+PyObject* item(const py::list& list, std::size_t i) {
+  return PyList_GET_ITEM(list.ptr(), static_cast<Py_ssize_t>(i));
+}
+
+// The coefficient row of (bucket, group, step): neighbours nearly always share one.
+class RowCache {
+ public:
+  std::int32_t row(Bucket& bucket, const Hyperparameters& hyperparameters, int group,
+                   std::int64_t step) {
+    const Key key{&bucket, group, step};
+    if (key == last_) return last_row_;
+    last_ = key;
+    const auto [found, inserted] = rows_.emplace(key, bucket.rows());
+    last_row_ = found->second;
+    if (inserted) {
+      const std::size_t size = bucket.coefficients.size();
+      bucket.coefficients.resize(size + static_cast<std::size_t>(bucket.coefficients_per_row));
+      hyperparameters.coefficients_at(step, bucket.coefficients.data() + size);
+    }
+    return last_row_;
+  }
+
+ private:
+  using Key = std::tuple<Bucket*, int, std::int64_t>;
+  Key last_{nullptr, -1, -1};
+  std::int32_t last_row_ = 0;
+  std::map<Key, std::int32_t> rows_;
+};
+
+}  // namespace
+
+ParameterList::ParameterList(Registration registration) : registration_(std::move(registration)) {
+  entries_.resize(registration_.params.size());
+  try {
+    for (std::size_t i = 0; i < entries_.size(); ++i) register_entry(i);
+    check_overlaps();
+  } catch (...) {
+    release();
+    throw;
+  }
+}
+
+ParameterList::~ParameterList() { release(); }
+
+void ParameterList::release() {
+  for (dlpack::ManagedTensor* tensor : held_) {
+    if (tensor->deleter != nullptr) tensor->deleter(tensor);
+  }
+  held_.clear();
+}
+
+void ParameterList::register_entry(std::size_t i) {
+  Entry& entry = entries_[i];
+  entry = {};
+  entry.label = item(registration_.labels, i);
+  entry.group = registration_.groups[i].cast<int>();
+
+  PyObject* param = item(registration_.params, i);
+  dlpack::Tensor tensor;
+  if (!view(param, tensor)) {
+    const std::string error = fetch_python_error();
+    fail(PyExc_RuntimeError, entry, describe(param) + ", whose memory cannot be read: " + error);
+  }
+  if (!to_dtype(tensor.dtype, entry.dtype)) {
+    fail(PyExc_TypeError, entry,
+         "has dtype " + dtype_name(tensor.dtype) + "; accepted: float32, bfloat16, float16");
+  }
+  entry.ndim = tensor.ndim;
+  entry.dims = dims_.size();
+  dims_.insert(dims_.end(), tensor.shape, tensor.shape + tensor.ndim);
+  dims_.insert(dims_.end(), tensor.strides, tensor.strides + tensor.ndim);
+  entry.numel = count_elements(tensor.ndim, tensor.shape);
+  entry.device = tensor.device;
+  entry.param = param;
+  entry.data = address(tensor);
+  if (!is_dense(tensor.ndim, tensor.shape, tensor.strides)) {
+    fail(PyExc_ValueError, entry,
+         "has strides " + shape_name(tensor.ndim, tensor.strides) + " for shape " +
+             shape_of(entry) +
+             "; accepted: dense memory without gaps or overlap, in any order of dimensions");
+  }
+  if (registration_.holdable[i].cast<bool>()) held_.push_back(managed(param));
+
+  const py::object state = registration_.states[i];
+  entry.has_state = !state.is_none();
+  if (entry.has_state) register_state(entry, state, registration_.names[i]);
+}
+
+void ParameterList::register_state(Entry& entry, py::dict state, const py::tuple& names) {
+  dlpack::Tensor tensor;
+  const auto read = [&](const std::string& name) {
+    PyObject* value = PyDict_GetItemString(state.ptr(), name.c_str());
+    if (value == nullptr) fail(PyExc_ValueError, entry, "has no '" + name + "' in its state");
+    if (!view(value, tensor)) {
+      const std::string error = fetch_python_error();
+      fail(PyExc_TypeError, entry, "has a state '" + name + "' that cannot be read: " + error);
+    }
+    return value;
+  };
+
+  entry.states = static_cast<int>(names.size());
+  for (int k = 0; k < entry.states; ++k) {
+    const py::str key = names[static_cast<std::size_t>(k)];
+    const std::string name = key;
+    PyObject* value = read(name);
+    if (!(tensor.device == entry.device)) {
+      fail(PyExc_RuntimeError, entry,
+           "is on " + device_name(entry.device) + ", its state '" + name + "' on " +
+               device_name(tensor.device));
+    }
+    if (!same_shape(entry, tensor)) {
+      fail(PyExc_ValueError, entry,
+           "has shape " + shape_of(entry) + ", its state '" + name + "' " +
+               shape_name(tensor.ndim, tensor.shape));
+    }
+    Dtype dtype;
+    if (!to_dtype(tensor.dtype, dtype) || (k > 0 && dtype != entry.state_dtype)) {
+      fail(PyExc_TypeError, entry,
+           "has a state '" + name + "' of dtype " + dtype_name(tensor.dtype) +
+               "; accepted: float32, bfloat16 or float16, the same for every state");
+    }
+    entry.state_dtype = dtype;
+    if (!same_strides(entry, tensor)) {
+      state[key] = registration_.restride(py::handle(value), py::handle(entry.param));
+      value = read(name);
+    }
+    keep(value);
+    entry.state[k] = address(tensor);
+  }
+
+  PyObject* step = read("step");
+  if (tensor.device.type != dlpack::kCpu || count_elements(tensor.ndim, tensor.shape) != 1 ||
+      tensor.dtype.code != dlpack::kFloat || tensor.dtype.bits != 32) {
+    fail(PyExc_TypeError, entry,
+         "has a state 'step' of dtype " + dtype_name(tensor.dtype) + " and shape " +
+             shape_name(tensor.ndim, tensor.shape) + " on " + device_name(tensor.device) +
+             "; accepted: one float32 on the CPU");
+  }
+  keep(step);
+  entry.step = static_cast<float*>(address(tensor));
+  const float count = *entry.step;
+  if (!(count >= 0.0f)) {
+    fail(PyExc_ValueError, entry,
+         "has a state 'step' of " + std::to_string(count) + "; accepted: a number >= 0");
+  }
+}
+
+void ParameterList::keep(PyObject* state) {
+  kept_.append(py::handle(state));
+  kept_.append(py::handle(state).attr("detach")());
+}
+
+template <class Visit>
+bool ParameterList::walk(const py::list& param_lists, const py::dict& states, Visit&& visit) {
+  for (Py_ssize_t g = 0; g < PyList_GET_SIZE(param_lists.ptr()); ++g) {
+    PyObject* params = PyList_GET_ITEM(param_lists.ptr(), g);
+    if (!PyList_Check(params) || !visit(params)) return false;
+    for (Py_ssize_t i = 0; i < PyList_GET_SIZE(params); ++i) {
+      if (!visit(PyList_GET_ITEM(params, i))) return false;
+    }
+  }
+  Py_ssize_t outer = 0;
+  PyObject *param, *state;
+  while (PyDict_Next(states.ptr(), &outer, &param, &state)) {
+    if (!PyDict_Check(state) || !visit(param) || !visit(state)) return false;
+    Py_ssize_t inner = 0;
+    PyObject *name, *value;
+    while (PyDict_Next(state, &inner, &name, &value)) {
+      if (!visit(value)) return false;
+    }
+  }
+  return true;
+}
+
+void ParameterList::remember(const py::list& param_lists, const py::dict& states) {
+  snapshot_.clear();
+  walk(param_lists, states, [&](PyObject* object) {
+    snapshot_.push_back(object);
+    return true;
+  });
+}
+
+bool ParameterList::matches(const py::list& param_lists, const py::dict& states) const {
+  auto expected = snapshot_.begin();
+  return walk(param_lists, states,
+              [&](PyObject* found) {
+                return expected != snapshot_.end() && *expected++ == found;
+              }) &&
+         expected == snapshot_.end();
+}
+
+bool ParameterList::gather(const std::vector<const Hyperparameters*>& groups,
+                           const std::optional<py::list>& grads) {
+  static PyObject* const kGradName = PyUnicode_InternFromString("grad");
+  temporaries_ = py::list();
+  updated_.clear();
+  for (const auto& bucket : buckets_) {
+    bucket->tensors.clear();
+    bucket->coefficients.clear();
+    bucket->numel = 0;
+  }
+
+  RowCache rows;
+  for (std::size_t i = 0; i < entries_.size(); ++i) {
+    const Entry& entry = entries_[i];
+    const py::object grad =
+        grads ? py::reinterpret_borrow<py::object>(item(*grads, i))
+              : py::reinterpret_steal<py::object>(PyObject_GetAttr(entry.param, kGradName));
+    if (!grad) throw py::error_already_set();
+    if (grad.is_none()) continue;
+
+    TensorEntry tensor{};
+    Dtype grad_dtype;
+    tensor.slot[kGrad] = read_gradient(entry, grad.ptr(), grad_dtype);
+    const Hyperparameters& group = *groups.at(static_cast<std::size_t>(entry.group));
+    if (!entry.has_state || entry.states != group.state_count() || !unchanged(entry)) return false;
+
+    Bucket& bucket =
+        bucket_for(entry, group.variant(), {entry.dtype, grad_dtype, entry.state_dtype});
+    bucket.coefficients_per_row = group.coefficient_count();
+    tensor.slot[kParam] = entry.data;
+    for (int k = 0; k < entry.states; ++k) tensor.slot[kFirstState + k] = entry.state[k];
+    check_alias(entry, tensor, grad_dtype);
+    tensor.numel = entry.numel;
+    tensor.group = entry.group;
+    tensor.step = static_cast<std::int64_t>(*entry.step) + 1;
+    tensor.row = rows.row(bucket, group, entry.group, tensor.step);
+    bucket.tensors.push_back(tensor);
+    bucket.numel += tensor.numel;
+    updated_.push_back(i);
+  }
+  return true;
+}
+
+void* ParameterList::read_gradient(const Entry& entry, PyObject* grad, Dtype& dtype) {
+  dlpack::Tensor tensor;
+  if (!view(grad, tensor)) {
+    const std::string error = fetch_python_error();
+    fail(PyExc_RuntimeError, entry,
+         "has a gradient that " + describe(grad) + "; accepted: a dense tensor (" + error + ")");
+  }
+  if (!(tensor.device == entry.device)) {
+    fail(PyExc_RuntimeError, entry,
+         "is on " + device_name(entry.device) + ", its gradient on " + device_name(tensor.device));
+  }
+  if (!same_shape(entry, tensor)) {
+    fail(
+        PyExc_ValueError, entry,
+        "has shape " + shape_of(entry) + ", its gradient " + shape_name(tensor.ndim, tensor.shape));
+  }
+  if (!to_dtype(tensor.dtype, dtype)) {
+    fail(PyExc_TypeError, entry,
+         "has a gradient of dtype " + dtype_name(tensor.dtype) +
+             "; accepted: float32, bfloat16, float16");
+  }
+  if (!same_strides(entry, tensor)) {
+    const py::object copy = registration_.restride(py::handle(grad), py::handle(entry.param));
+    if (!view(copy.ptr(), tensor)) throw py::error_already_set();
+    temporaries_.append(copy);
+  }
+  return address(tensor);
+}
+
+bool ParameterList::unchanged(const Entry& entry) const {
+  dlpack::Tensor tensor;
+  if (!view(entry.param, tensor)) {
+    PyErr_Clear();
+    return false;
+  }
+  Dtype dtype;
+  return address(tensor) == entry.data && tensor.device == entry.device &&
+         to_dtype(tensor.dtype, dtype) && dtype == entry.dtype && same_shape(entry, tensor) &&
+         same_strides(entry, tensor);
+}
+
+bool ParameterList::same_shape(const Entry& entry, const dlpack::Tensor& tensor) const {
+  const std::int64_t* shape = dims_.data() + entry.dims;
+  return tensor.ndim == entry.ndim && std::equal(shape, shape + entry.ndim, tensor.shape);
+}
+
+bool ParameterList::same_strides(const Entry& entry, const dlpack::Tensor& tensor) const {
+  if (entry.numel == 0) return true;
+  const std::int64_t* shape = dims_.data() + entry.dims;
+  const std::int64_t* strides = shape + entry.ndim;
+  for (int i = 0; i < entry.ndim; ++i) {
+    if (shape[i] != 1 && strides[i] != tensor.strides[i]) return false;
+  }
+  return true;
+}
+
+Bucket& ParameterList::bucket_for(const Entry& entry, const RuleVariant& rule,
+                                  const Format& format) {
+  for (const auto& bucket : buckets_) {
+    if (bucket->rule == rule && bucket->format == format &&
+        bucket->device_type == entry.device.type && bucket->device_index == entry.device.index) {
+      return *bucket;
+    }
+  }
+  if (!visit_format(Formats{}, format, [](auto) {})) {
+    fail(PyExc_TypeError, entry,
+         "has dtypes " + format_name(format) +
+             " (parameter/gradient/states); accepted: " + supported_formats());
+  }
+  auto bucket = std::make_unique<Bucket>();
+  bucket->rule = rule;
+  bucket->format = format;
+  bucket->device_type = entry.device.type;
+  bucket->device_index = entry.device.index;
+  buckets_.push_back(std::move(bucket));
+  return *buckets_.back();
+}
+
+std::vector<Bucket*> ParameterList::buckets() const {
+  std::vector<Bucket*> found;
+  for (const auto& bucket : buckets_) {
+    if (bucket->tensors.empty()) continue;
+    bucket->stream = current_stream({bucket->device_type, bucket->device_index});
+    found.push_back(bucket.get());
+  }
+  return found;
+}
+
+void ParameterList::commit() {
+  py::list params;
+  if (updated_.size() == entries_.size()) params = registration_.params;
+  for (const std::size_t i : updated_) {
+    *entries_[i].step += 1.0f;
+    if (updated_.size() != entries_.size()) params.append(py::handle(entries_[i].param));
+  }
+  registration_.increment_version(params);
+  temporaries_ = py::list();
+}
+
+void ParameterList::check_alias(const Entry& entry, const TensorEntry& tensor,
+                                Dtype grad_dtype) const {
+  const auto overlap = [&](int slot, Dtype dtype) {
+    const auto* grad = static_cast<const char*>(tensor.slot[kGrad]);
+    const auto* other = static_cast<const char*>(tensor.slot[slot]);
+    return grad < other + entry.numel * element_size(dtype) &&
+           other < grad + entry.numel * element_size(grad_dtype);
+  };
+  bool aliased = overlap(kParam, entry.dtype);
+  for (int k = 0; k < entry.states; ++k) {
+    aliased = aliased || overlap(kFirstState + k, entry.state_dtype);
+  }
+  if (aliased) {
+    fail(PyExc_ValueError, entry, "shares memory with its gradient; accepted: memory of its own");
+  }
+}
+
+void ParameterList::check_overlaps() const {
+  struct Range {
+    const char* begin;
+    const char* end;
+    const Entry* entry;
+  };
+  std::vector<Range> ranges;
+  for (const Entry& entry : entries_) {
+    const auto add = [&](const void* memory, Dtype dtype) {
+      const auto* begin = static_cast<const char*>(memory);
+      if (entry.numel) ranges.push_back({begin, begin + entry.numel * element_size(dtype), &entry});
+    };
+    add(entry.data, entry.dtype);
+    for (int k = 0; k < entry.states; ++k) add(entry.state[k], entry.state_dtype);
+  }
+  std::sort(ranges.begin(), ranges.end(), [](const Range& x, const Range& y) {
+    return std::tie(x.entry->device.type, x.entry->device.index, x.begin) <
+           std::tie(y.entry->device.type, y.entry->device.index, y.begin);
+  });
+  for (std::size_t i = 1; i < ranges.size(); ++i) {
+    const Range &previous = ranges[i - 1], &next = ranges[i];
+    if (!(previous.entry->device == next.entry->device) || next.begin >= previous.end) continue;
+    fail(PyExc_ValueError, *next.entry,
+         "shares memory with " + std::string(py::str(py::handle(previous.entry->label))) +
+             " or its states; accepted: parameters and states with memory of their own");
+  }
+}
+
+std::string ParameterList::shape_of(const Entry& entry) const {
+  return shape_name(entry.ndim, dims_.data() + entry.dims);
+}
+
+void ParameterList::fail(PyObject* exception, const Entry& entry, const std::string& what) const {
+  const std::string message = std::string(py::str(py::handle(entry.label))) + " " + what;
+  PyErr_SetString(exception, message.c_str());
+  throw py::error_already_set();
+}
+
+}  // namespace fused_adamw::host

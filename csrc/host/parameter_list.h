@@ -1,0 +1,107 @@
+// The list of parameters and states of an optimizer, registered once. A step reads the gradients,
+// checks everything, and hands buckets to the engines.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+#include <cstdint>
+#include <memory>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "core/bucket.h"
+#include "host/hyperparameters.h"
+#include "host/tensor_view.h"
+
+namespace fused_adamw::host {
+
+namespace py = pybind11;
+
+// What Python registers; the lists have an item for each parameter.
+struct Registration {
+  py::list params;      // tensors
+  py::list states;      // the parameter's state, a dict, or None before its first step
+  py::list names;       // a tuple of the keys of its states, in the order of the rule's slots
+  py::list groups;      // index of its param group
+  py::list labels;      // how messages call it: "parameter 3 ('head.weight')"
+  py::list holdable;    // whether a reference may be held: see [note: holding]
+  py::object restride;  // (tensor, like) -> a copy of tensor with the strides of like
+  py::object increment_version;  // (list of tensors) -> None
+};
+
+class ParameterList {
+ public:
+  // Checks states against parameters; a state of other strides is replaced by a restrided copy.
+  explicit ParameterList(Registration registration);
+  ParameterList(const ParameterList&) = delete;
+  ParameterList& operator=(const ParameterList&) = delete;
+  ~ParameterList();
+
+  // Remembers which objects an optimizer holds (the params of each group, and its dict of parameter
+  // -> state), and whether it still holds the same.
+  void remember(const py::list& param_lists, const py::dict& states);
+  bool matches(const py::list& param_lists, const py::dict& states) const;
+
+  // Reads the gradients (of the parameters, or those given; None: not updated), checks every tensor
+  // and fills the buckets. Nothing is written. False if the list must be registered anew: a
+  // parameter has its first gradient, or has been given other memory.
+  bool gather(const std::vector<const Hyperparameters*>& groups,
+              const std::optional<py::list>& grads);
+
+  // What gather() found, to be run by the engines.
+  std::vector<Bucket*> buckets() const;
+
+  // After the engines: counts the step of every updated parameter and tells autograd of the writes.
+  void commit();
+
+ private:
+  struct Entry {
+    PyObject* label;
+    int group;
+    int ndim;
+    std::size_t dims;  // where its shape and then its strides start in dims_
+    std::int64_t numel;
+    dlpack::Device device;
+    Dtype dtype;
+    bool has_state;
+    int states;
+    Dtype state_dtype;
+    PyObject* param;
+    void* data;
+    void* state[kMaxStates];
+    float* step;
+  };
+
+  // Calls visit(object) for each in order until it returns false; whether it never did.
+  template <class Visit>
+  static bool walk(const py::list& param_lists, const py::dict& states, Visit&& visit);
+
+  void register_entry(std::size_t i);
+  void register_state(Entry& entry, py::dict state, const py::tuple& names);
+  void keep(PyObject* state);
+  void release();
+  bool same_shape(const Entry& entry, const dlpack::Tensor& tensor) const;
+  bool same_strides(const Entry& entry, const dlpack::Tensor& tensor) const;
+  bool unchanged(const Entry& entry) const;
+  void* read_gradient(const Entry& entry, PyObject* grad, Dtype& dtype);
+  Bucket& bucket_for(const Entry& entry, const RuleVariant& rule, const Format& format);
+  void check_alias(const Entry& entry, const TensorEntry& tensor, Dtype grad_dtype) const;
+  void check_overlaps() const;
+  std::string shape_of(const Entry& entry) const;
+  [[noreturn]] void fail(PyObject* exception, const Entry& entry, const std::string& what) const;
+
+  Registration registration_;
+  std::vector<Entry> entries_;
+  std::vector<std::int64_t> dims_;
+  std::vector<PyObject*> snapshot_;
+  std::vector<dlpack::ManagedTensor*> held_;
+  py::list kept_;
+
+  // Of the current step.
+  std::vector<std::unique_ptr<Bucket>> buckets_;
+  std::vector<std::size_t> updated_;
+  py::list temporaries_;
+};
+
+}  // namespace fused_adamw::host

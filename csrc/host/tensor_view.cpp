@@ -1,0 +1,137 @@
+#include "host/tensor_view.h"
+
+#include <algorithm>
+#include <functional>
+#include <numeric>
+#include <stdexcept>
+#include <vector>
+
+namespace fused_adamw::host {
+
+namespace py = pybind11;
+
+namespace {
+const dlpack::ExchangeApi* exchange_api = nullptr;
+}  // namespace
+
+void use_exchange_api(const py::capsule& capsule) {
+  auto* api = static_cast<const dlpack::ExchangeApi*>(
+      PyCapsule_GetPointer(capsule.ptr(), dlpack::kCapsuleName));
+  if (api == nullptr) throw py::error_already_set();
+  while (api != nullptr && api->version.major != dlpack::kMajorVersion) api = api->previous;
+  if (api == nullptr || api->tensor_from_object == nullptr) {
+    throw std::runtime_error("this torch offers no DLPack C exchange table of major version 1");
+  }
+  exchange_api = api;
+}
+
+std::string dtype_name(dlpack::DataType dtype) {
+  const std::string bits = std::to_string(dtype.bits);
+  switch (dtype.code) {
+    case dlpack::kInt:
+      return "int" + bits;
+    case dlpack::kUInt:
+      return "uint" + bits;
+    case dlpack::kFloat:
+      return "float" + bits;
+    case dlpack::kBfloat:
+      return "bfloat" + bits;
+    case dlpack::kComplex:
+      return "complex" + bits;
+    case dlpack::kBool:
+      return "bool";
+    default:
+      return "DLPack type " + std::to_string(dtype.code) + " of " + bits + " bits";
+  }
+}
+
+bool to_dtype(dlpack::DataType dtype, Dtype& out) {
+  if (dtype.lanes != 1) return false;
+  if (dtype.code == dlpack::kFloat && dtype.bits == 32) return out = Dtype::kFloat32, true;
+  if (dtype.code == dlpack::kFloat && dtype.bits == 16) return out = Dtype::kFloat16, true;
+  if (dtype.code == dlpack::kBfloat && dtype.bits == 16) return out = Dtype::kBfloat16, true;
+  return false;
+}
+
+std::string device_name(dlpack::Device device) {
+  if (device.type == dlpack::kCpu) return "cpu";
+  const std::string index = std::to_string(device.index);
+  return device.type == dlpack::kCuda
+             ? "cuda:" + index
+             : "DLPack device " + std::to_string(device.type) + ":" + index;
+}
+
+std::string shape_name(int ndim, const std::int64_t* shape) {
+  std::string text = "(";
+  for (int i = 0; i < ndim; ++i) {
+    text += std::to_string(shape[i]) + (i + 1 < ndim || ndim == 1 ? "," : "");
+    if (i + 1 < ndim) text += " ";
+  }
+  return text + ")";
+}
+
+std::int64_t count_elements(int ndim, const std::int64_t* shape) {
+  return std::accumulate(shape, shape + ndim, std::int64_t{1}, std::multiplies<>());
+}
+
+bool is_dense(int ndim, const std::int64_t* shape, const std::int64_t* strides) {
+  if (count_elements(ndim, shape) == 0) return true;
+  std::vector<int> order(static_cast<std::size_t>(ndim));
+  std::iota(order.begin(), order.end(), 0);
+  std::sort(order.begin(), order.end(), [&](int x, int y) { return strides[x] < strides[y]; });
+  std::int64_t expected = 1;
+  for (const int dim : order) {
+    if (shape[dim] == 1) continue;
+    if (strides[dim] != expected) return false;
+    expected *= shape[dim];
+  }
+  return true;
+}
+
+bool view(PyObject* object, dlpack::Tensor& out) {
+  return exchange_api->tensor_from_object(object, &out) == 0;
+}
+
+std::string fetch_python_error() {
+  const py::error_already_set error;
+  return py::str(error.value());
+}
+
+std::string describe(PyObject* object) {
+  if (!py::hasattr(object, "layout")) return "is a " + std::string(Py_TYPE(object)->tp_name);
+  return "is a " + std::string(Py_TYPE(object)->tp_name) + " of layout " +
+         std::string(py::str(py::getattr(object, "layout")));
+}
+
+std::string format_name(const Format& format) {
+  const auto name = [](Dtype dtype) { return std::string(kDtypeNames[static_cast<int>(dtype)]); };
+  return name(format.param) + "/" + name(format.grad) + "/" + name(format.state);
+}
+
+std::string supported_formats() {
+  std::string text;
+  for_each_format(Formats{}, [&](const Format& format) {
+    if (!text.empty()) text += ", ";
+    text += format_name(format);
+  });
+  return text;
+}
+
+dlpack::ManagedTensor* managed(PyObject* object) {
+  dlpack::ManagedTensor* tensor = nullptr;
+  if (exchange_api->managed_from_object(object, &tensor) != 0) throw py::error_already_set();
+  return tensor;
+}
+
+void* current_stream(dlpack::Device device) {
+  if (device.type == dlpack::kCpu) return nullptr;
+  void* stream = nullptr;
+  if (exchange_api->current_work_stream(device.type, device.index, &stream) != 0) {
+    throw py::error_already_set();
+  }
+  return stream;
+}
+
+std::int64_t element_size(Dtype dtype) { return dtype == Dtype::kFloat32 ? 4 : 2; }
+
+}  // namespace fused_adamw::host

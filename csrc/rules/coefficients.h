@@ -1,0 +1,77 @@
+// Hyperparameters and a step number -> the float coefficients of a rule: computed in binary64 and
+// rounded once. Runs on host and device with the same bits.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+
+#include "core/platform.h"
+#include "rules/adam.h"
+
+namespace fused_adamw {
+
+// What is left of a parameter after decay, with eta the schedule multiplier.
+enum class Decay {
+  kLr,         // 1 - eta * lr * weight_decay: torch.optim.AdamW
+  kDecoupled,  // 1 - eta * weight_decay: Loshchilov & Hutter, Algorithms 1 and 2
+  kL2,         // 1, and weight_decay * param is added to the gradient: Adam
+  kProximal,   // 1 / (1 + eta * weight_decay), after the step: Zhuang et al., arXiv 2202.00089
+};
+
+struct AdamHyperparameters {
+  double lr;
+  double beta1;
+  double beta2;
+  double eps;
+  double weight_decay;
+  double schedule_multiplier;  // eta
+  Decay decay;
+  bool amsgrad;
+  bool maximize;
+};
+
+// x^n by repeated squaring: the same multiplications, hence the same bits, everywhere.
+FUSED_ADAMW_HD double integer_power(double x, std::int64_t n) {
+  double result = 1.0;
+  for (; n > 0; n >>= 1) {
+    if (n & 1) result *= x;
+    x *= x;
+  }
+  return result;
+}
+
+FUSED_ADAMW_HD AdamCoefficients adam_coefficients(const AdamHyperparameters& h, std::int64_t t) {
+  const double alpha = h.schedule_multiplier * h.lr;
+  const double bias1 = 1.0 - integer_power(h.beta1, t);
+  const double bias2 = 1.0 - integer_power(h.beta2, t);
+  double keep = 1.0;
+  double rate = alpha / bias1;
+  switch (h.decay) {
+    case Decay::kLr:
+      keep = 1.0 - alpha * h.weight_decay;
+      break;
+    case Decay::kDecoupled:
+      keep = 1.0 - h.schedule_multiplier * h.weight_decay;
+      break;
+    case Decay::kL2:
+      break;
+    case Decay::kProximal:
+      keep = 1.0 / (1.0 + h.schedule_multiplier * h.weight_decay);
+      rate = rate * keep;
+      break;
+  }
+  AdamCoefficients c;
+  c.grad_sign = h.maximize ? -1.0f : 1.0f;
+  c.l2 = static_cast<float>(h.decay == Decay::kL2 ? h.weight_decay : 0.0);
+  c.b1 = static_cast<float>(h.beta1);
+  c.c1 = static_cast<float>(1.0 - h.beta1);
+  c.b2 = static_cast<float>(h.beta2);
+  c.c2 = static_cast<float>(1.0 - h.beta2);
+  c.r = static_cast<float>(1.0 / sqrt(bias2));
+  c.eps = static_cast<float>(h.eps);
+  c.d = static_cast<float>(keep);
+  c.a = static_cast<float>(rate);
+  return c;
+}
+
+}  // namespace fused_adamw

@@ -1,0 +1,10 @@
+"""Optimizers whose whole update is one pass over memory, with the same bits on every engine."""
+
+import torch  # noqa: F401  first: the extension then shares torch's OpenMP threads
+
+from fused_adamw import _C, functional
+from fused_adamw.adamw import FusedAdamW
+from fused_adamw.engines import available_engines, engine_status
+
+__version__: str = _C.VERSION
+__all__ = ["FusedAdamW", "available_engines", "engine_status", "functional"]

@@ -1,0 +1,66 @@
+"""The reference as an engine: `fused_adamw.reference` on the memory of a bucket of tensors.
+
+It computes the coefficients anew from the hyperparameters, where the other engines take those the
+extension computed, so that a comparison with it covers the coefficients too.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fused_adamw import reference
+
+
+def _view(address: int, numel: int, dtype: str) -> NDArray[Any]:
+    """A writable array over ``numel`` elements of memory that someone else owns."""
+    storage: np.dtype[Any] = np.dtype(reference.STORAGE_DTYPES[dtype])
+    memory = (ctypes.c_byte * (numel * storage.itemsize)).from_address(address)
+    return np.frombuffer(memoryview(memory), storage)
+
+
+def run(bucket: Any, hyperparameters: Sequence[Any]) -> None:
+    """Updates every tensor of a bucket of the Adam family in place.
+
+    Args:
+        bucket: tensors in host memory of one dtype combination, as the extension hands them out:
+            ``param_dtype``, ``grad_dtype``, ``state_dtype`` are names of dtypes; ``addresses``
+            [tensors, slots] has the slots param, grad, exp_avg, exp_avg_sq and, with AMSGrad,
+            max_exp_avg_sq; ``numels``, ``groups`` and ``steps`` are integers [tensors].
+        hyperparameters: for each param group, which ``bucket.groups`` are indices of, an object
+            with lr, beta1, beta2, eps, weight_decay, schedule_multiplier, decay and maximize.
+    """
+    state_dtype = bucket.state_dtype
+    slots = bucket.addresses.shape[1]
+    dtypes = (bucket.param_dtype, bucket.grad_dtype, *[state_dtype] * (slots - 2))
+    tensors = zip(bucket.addresses, bucket.numels, bucket.groups, bucket.steps, strict=True)
+    for addresses, numel, group, step in tensors:
+        if numel == 0:  # such a tensor may have a null address
+            continue
+        views = [
+            _view(int(address), int(numel), dtype)
+            for address, dtype in zip(addresses, dtypes, strict=True)
+        ]
+        values = [reference.load(view, dtype) for view, dtype in zip(views, dtypes, strict=True)]
+        h = hyperparameters[group]
+        updated = reference.adamw(
+            *values,
+            step=int(step),
+            lr=h.lr,
+            beta1=h.beta1,
+            beta2=h.beta2,
+            eps=h.eps,
+            weight_decay=h.weight_decay,
+            schedule_multiplier=h.schedule_multiplier,
+            decay=h.decay,
+            maximize=h.maximize,
+        )
+        arrays = [array for array in updated if array is not None]
+        outputs = list(zip(views, dtypes, strict=True))
+        del outputs[1]  # the gradient is only read
+        for (view, dtype), array in zip(outputs, arrays, strict=True):
+            view[...] = reference.store(array, dtype)

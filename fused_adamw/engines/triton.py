@@ -1,0 +1,56 @@
+"""The Triton engine: hands a bucket of tensors to `fused_adamw.triton_kernels`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from fused_adamw import _C
+
+
+def unavailable_reason() -> str | None:
+    """Why this engine cannot run here, in a sentence; None if it can."""
+    try:
+        import triton
+    except ImportError as error:
+        return f"triton cannot be imported ({error})"
+    if triton.knobs.runtime.interpret or torch.cuda.is_available():
+        return None
+    return "torch finds no GPU, and TRITON_INTERPRET=1 is not set"
+
+
+def interpreted() -> bool:
+    """Whether Triton interprets kernels on the CPU (TRITON_INTERPRET=1) instead of compiling."""
+    from fused_adamw import triton_kernels  # not above: triton is optional, and slow to import
+
+    return bool(triton_kernels.INTERPRETED.value)
+
+
+def run(bucket: _C.Bucket, device: torch.device) -> None:
+    """Updates every tensor of a bucket of the Adam family in place.
+
+    Args:
+        bucket: tensors of one rule variant and one dtype combination.
+        device: where the tensors are.
+    """
+    from fused_adamw import triton_kernels
+
+    with np.errstate(all="ignore"):  # the interpreter is NumPy, which would warn of infinities
+        triton_kernels.launch(
+            _tensor(bucket.addresses),
+            _tensor(bucket.numels),
+            _tensor(bucket.rows),
+            _tensor(bucket.coefficients),
+            rule=triton_kernels.adam,
+            options=(bucket.l2, bucket.amsgrad),
+            dtypes=(bucket.param_dtype, bucket.grad_dtype, bucket.state_dtype),
+            device=device,
+        )
+
+
+def _tensor(array: NDArray[Any]) -> torch.Tensor:
+    """The array's memory as a tensor; a copy where torch would warn that it is read-only."""
+    return torch.from_numpy(np.require(array, requirements=["C", "W"]))

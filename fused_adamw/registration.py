@@ -1,0 +1,120 @@
+"""The list of parameters and states on its way through a step, for the class and the function."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fused_adamw import _C
+from fused_adamw.engines import Run, engine_for
+
+_CUDA = 2  # DLPack's code
+
+
+def _use_exchange_api() -> None:
+    capsule = getattr(torch.Tensor, "__dlpack_c_exchange_api__", None)
+    if capsule is None:
+        raise ImportError(f"fused_adamw needs torch 2.11 or later, found {torch.__version__}")
+    _C.use_exchange_api(capsule)
+
+
+_use_exchange_api()
+
+
+@torch.no_grad()
+def restride(tensor: Tensor, like: Tensor) -> Tensor:
+    """A copy of ``tensor`` whose strides are those of ``like``, a tensor of the same shape."""
+    copy = torch.empty_strided(like.shape, like.stride(), dtype=tensor.dtype, device=tensor.device)
+    return copy.copy_(tensor)
+
+
+def _may_hold(param: Tensor) -> bool:
+    # See [note: holding] in csrc/host/parameter_list.cpp.
+    hooks = (param._backward_hooks, getattr(param, "_post_accumulate_grad_hooks", None))
+    return not any(hooks) and not param.__dict__
+
+
+@dataclass
+class Member:
+    """One parameter of a list.
+
+    Attributes:
+        param: the tensor.
+        state: its state: "step" and what the rule keeps; ``None`` before the first step.
+        names: the keys of what the rule keeps, in the order of its slots.
+        group: index of its param group.
+        label: how messages call it.
+    """
+
+    param: Tensor
+    state: dict[str, Any] | None
+    names: tuple[str, ...]
+    group: int
+    label: str
+
+
+@dataclass
+class RegisteredList:
+    """Parameters and states registered with the extension, and the engine that steps them.
+
+    Raises:
+        TypeError: a parameter or state of a dtype that no rule works on.
+        ValueError: states of another shape, memory with gaps, or parameters that overlap.
+        RuntimeError: a tensor without memory, or a state on another device.
+    """
+
+    members: Sequence[Member]
+    engine: str
+    native: _C.ParameterList = field(init=False)
+    _runs: dict[tuple[int, int], Run] = field(init=False, default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.native = _C.ParameterList(
+            params=[member.param for member in self.members],
+            states=[member.state for member in self.members],
+            names=[member.names for member in self.members],
+            groups=[member.group for member in self.members],
+            labels=[member.label for member in self.members],
+            holdable=[_may_hold(member.param) for member in self.members],
+            restride=restride,
+            increment_version=torch.autograd.graph.increment_version,
+        )
+
+    def step(
+        self,
+        hyperparameters: Sequence[_C.Hyperparameters],
+        grads: list[Tensor | None] | None = None,
+    ) -> bool:
+        """Updates every parameter that has a gradient; false, with nothing done, if out of date.
+
+        Args:
+            hyperparameters: of each group.
+            grads: the gradients; by default those of the parameters.
+
+        Raises:
+            TypeError, ValueError, RuntimeError: for a gradient that cannot be used, naming the
+                parameter; nothing has been written then.
+        """
+        if not self.native.gather(hyperparameters, grads):
+            return False
+        buckets = self.native.buckets()
+        runs = [self._run(bucket) for bucket in buckets]
+        for run, bucket in zip(runs, buckets, strict=True):
+            run(bucket, hyperparameters)
+        self.native.commit()
+        return True
+
+    def _run(self, bucket: _C.Bucket) -> Run:
+        if bucket.device_type == _CUDA and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                "step() under CUDA graph capture is not supported: its step count and "
+                "learning rate are host values that a replay would repeat"
+            )
+        device = bucket.device_type, bucket.device_index
+        if device not in self._runs:
+            self._runs[device] = engine_for(self.engine, bucket)
+        return self._runs[device]

@@ -1,0 +1,409 @@
+"""Random problems for the engines, described by data, and the comparison of what they leave.
+
+A problem is a rule, its param groups and a list of parameters. All its arrays lie in one piece of
+memory for each dtype, with guard bytes in between, so that comparing the pieces compares every
+array, every gradient (which nobody may write) and every byte around them.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+from error_bounds import bounded_adamw
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from fused_adamw import _C, reference
+from fused_adamw.engines import Run, engine_for
+from fused_adamw.engines.reference import run as run_reference
+from fused_adamw.engines.triton import interpreted, unavailable_reason
+from fused_adamw.registration import Member, RegisteredList
+
+Array: TypeAlias = NDArray[Any]
+Format: TypeAlias = tuple[str, str, str]  # dtypes of param, grad, states
+Group: TypeAlias = Mapping[str, Any]  # hyperparameters of a param group
+
+F32, BF16, F16 = "float32", "bfloat16", "float16"
+FORMATS: tuple[Format, ...] = _C.FORMATS
+UNIFORM_FORMATS: tuple[Format, ...] = ((F32, F32, F32), (BF16, BF16, BF16), (F16, F16, F16))
+
+# --- Rules ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A rule as the tests see it: a later rule is one more entry of `RULES`.
+
+    Attributes:
+        name: what test ids call it.
+        hyperparameters: makes what a step takes of a group.
+        states: names of the states that a group's options ask for.
+        squares: those of the states that are never negative.
+        options: values of each option; their combinations are the variants.
+        compiled: the options that the engines are compiled for; the rest are coefficients.
+        loud: hyperparameters so large that an operation in the wrong place shows.
+        changes: what a run changes of them, one after the other, between steps.
+        numbers: draws hyperparameters from all that is accepted.
+        bounded: one step with error bounds.
+    """
+
+    name: str
+    hyperparameters: Callable[..., _C.Hyperparameters]
+    states: Callable[[Group], tuple[str, ...]]
+    squares: frozenset[str]
+    options: Mapping[str, Sequence[Any]]
+    compiled: Mapping[str, Sequence[Any]]
+    loud: Group
+    changes: Sequence[Group]
+    numbers: st.SearchStrategy[dict[str, Any]]
+    bounded: Callable[..., Any]
+
+    def variants(self) -> list[dict[str, Any]]:
+        """Every combination of options."""
+        return list(_combinations(self.options))
+
+    def groups(self, options: Mapping[str, Sequence[Any]] | None = None) -> list[Group]:
+        """A loud group for each combination of options, by default of all; no two alike."""
+        variants = list(_combinations(self.options if options is None else options))
+        return [
+            {**self.loud, **variant, "lr": self.loud["lr"] * (1 + i / 16)}
+            for i, variant in enumerate(variants)
+        ]
+
+
+def _combinations(options: Mapping[str, Sequence[Any]]) -> Iterator[dict[str, Any]]:
+    for values in itertools.product(*options.values()):
+        yield dict(zip(options, values, strict=True))
+
+
+def _any_size(most: float) -> st.SearchStrategy[float]:
+    """Mostly of a reasonable size, sometimes of any that float64 has."""
+    return st.floats(0, most) | st.floats(0, allow_infinity=False)
+
+
+ADAM = Rule(
+    name="adam",
+    hyperparameters=_C.AdamHyperparameters,
+    states=lambda group: ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")[: 2 + group["amsgrad"]],
+    squares=frozenset({"exp_avg_sq", "max_exp_avg_sq"}),
+    options={"decay": _C.DECAYS, "amsgrad": (False, True), "maximize": (False, True)},
+    compiled={"decay": ("lr", "l2"), "amsgrad": (False, True), "maximize": (False,)},
+    loud={
+        "lr": 0.1,
+        "beta1": 0.9,
+        "beta2": 0.99,
+        "eps": 1e-3,
+        "weight_decay": 0.1,
+        "schedule_multiplier": 0.75,
+    },
+    changes=(
+        {},
+        {"lr": 0.03, "schedule_multiplier": 1.0},
+        {"beta1": 0.5, "beta2": 0.9},
+        {"eps": 1e-8, "weight_decay": 0.0},
+    ),
+    numbers=st.fixed_dictionaries(
+        {
+            "lr": _any_size(1),
+            "beta1": st.sampled_from([0.0, 0.9]) | st.floats(0, 1, exclude_max=True),
+            "beta2": st.sampled_from([0.0, 0.999]) | st.floats(0, 1, exclude_max=True),
+            "eps": st.sampled_from([0.0, 1e-8]) | _any_size(1e-3),
+            "weight_decay": st.just(0.0) | _any_size(1),
+            "schedule_multiplier": _any_size(1),
+        }
+    ),
+    bounded=bounded_adamw,
+)
+
+RULES = (ADAM,)
+
+# --- Values --------------------------------------------------------------------------------------
+
+Draw: TypeAlias = Callable[[np.random.Generator, int, str, bool], Array]
+"""(generator, numel, dtype, whether these are squares) -> an array as stored in that dtype."""
+
+
+def draw_normal(rng: np.random.Generator, numel: int, dtype: str, square: bool) -> Array:
+    """Normal numbers, or their squares."""
+    values = rng.standard_normal(numel, np.float32)
+    return reference.store(values * values if square else values, dtype)
+
+
+def draw_bits(rng: np.random.Generator, numel: int, dtype: str, square: bool) -> Array:
+    """Any pattern of bits, which spreads the exponents evenly."""
+    storage = np.dtype(reference.STORAGE_DTYPES[dtype])
+    return np.frombuffer(rng.bytes(numel * storage.itemsize), storage)
+
+
+def special_values(dtype: str) -> Array:
+    """Zeros, denormals, the ends of the range, infinities and NaNs of both signs, as stored."""
+    infinity = {F32: 0x7F800000, BF16: 0x7F80, F16: 0x7C00}[dtype]
+    smallest_normal = {F32: 0x00800000, BF16: 0x0080, F16: 0x0400}[dtype]
+    one = {F32: 0x3F800000, BF16: 0x3F80, F16: 0x3C00}[dtype]
+    bits = np.uint32 if dtype == F32 else np.uint16
+    positive = np.array(
+        [
+            *(0, 1, 3, smallest_normal // 2, smallest_normal - 1, smallest_normal),
+            *(one // 4, one // 2, one - 1, one, one + 1, one + one // 2),
+            *(infinity - 2, infinity - 1, infinity, infinity + 1, 2 * infinity - 1),
+        ],
+        bits,
+    )
+    sign = bits(1 << (8 * positive.itemsize - 1))
+    return np.concatenate([positive, positive | sign]).view(reference.STORAGE_DTYPES[dtype])
+
+
+def draw_special(rng: np.random.Generator, numel: int, dtype: str, square: bool) -> Array:
+    """Special values: of many elements, nearly all combinations that the slots can have."""
+    return rng.choice(special_values(dtype), numel)
+
+
+DRAWS: dict[str, Draw] = {"normal": draw_normal, "bits": draw_bits, "special": draw_special}
+
+# --- Problems ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """One parameter of a problem.
+
+    Attributes:
+        numel: number of elements.
+        dtypes: of the parameter, its gradient and its states.
+        group: index of its param group.
+        step: steps it has taken before.
+        offsets: by how many elements param, states and gradients, in this order and from the start
+            again, lie off a 64-byte boundary.
+        has_grad: whether it has a gradient.
+    """
+
+    numel: int
+    dtypes: Format = (F32, F32, F32)
+    group: int = 0
+    step: int = 0
+    offsets: tuple[int, ...] = (0,)
+    has_grad: bool = True
+
+
+@dataclass(frozen=True)
+class Slot:
+    """Where an array lies: `numel` elements from `begin` of the memory of `dtype`."""
+
+    name: str
+    dtype: str
+    begin: int
+    numel: int
+
+
+_GUARD_BYTES = 64
+_PATTERN = 0x2A2A  # of guard bytes, in either width: an ordinary number
+_BITS = {F32: torch.int32, BF16: torch.int16, F16: torch.int16}
+
+
+@dataclass(eq=False)
+class Problem:
+    """Parameters of one rule, with values drawn for all their arrays.
+
+    Attributes:
+        rule: the rule.
+        groups: hyperparameters of each param group.
+        parameters: the list.
+        draw: draws the values.
+        seed: of the values.
+        gradients: how many gradients each parameter has; the steps take them in turn.
+    """
+
+    rule: Rule
+    groups: Sequence[Group]
+    parameters: Sequence[Parameter]
+    draw: Draw = draw_normal
+    seed: int = 0
+    gradients: int = 1
+    slots: list[dict[str, Slot]] = field(init=False)
+    memory: dict[str, torch.Tensor] = field(init=False)
+
+    def __post_init__(self) -> None:
+        sizes = dict.fromkeys(_BITS, 0)
+        self.slots = [self._place(parameter, sizes) for parameter in self.parameters]
+        self.memory = {
+            dtype: torch.full((size,), _PATTERN, dtype=_BITS[dtype])
+            for dtype, size in sizes.items()
+        }
+        rng = np.random.default_rng(self.seed)
+        for slot in itertools.chain.from_iterable(slots.values() for slots in self.slots):
+            values = self.draw(rng, slot.numel, slot.dtype, slot.name in self.rule.squares)
+            array(self.memory, slot)[...] = values
+
+    def _place(self, parameter: Parameter, sizes: dict[str, int]) -> dict[str, Slot]:
+        param, grad, state = parameter.dtypes
+        dtypes = {"param": param}
+        dtypes |= dict.fromkeys(self.rule.states(self.groups[parameter.group]), state)
+        dtypes |= {f"grad {k}": grad for k in range(self.gradients)}
+        slots = {}
+        for (name, dtype), offset in zip(
+            dtypes.items(), itertools.cycle(parameter.offsets), strict=False
+        ):
+            guard = _GUARD_BYTES // _BITS[dtype].itemsize
+            begin = sizes[dtype] + guard + offset
+            slots[name] = Slot(name, dtype, begin, parameter.numel)
+            sizes[dtype] = -(-(begin + parameter.numel) // guard) * guard + guard
+        return slots
+
+    def name(self, index: int) -> str:
+        """What messages call a parameter."""
+        parameter = self.parameters[index]
+        return f"parameter {index}, {parameter} of group {self.groups[parameter.group]}"
+
+
+def array(memory: Mapping[str, torch.Tensor], slot: Slot) -> Array:
+    """The elements of a slot in host memory, as stored."""
+    bits = memory[slot.dtype][slot.begin : slot.begin + slot.numel].numpy()
+    return bits.view(reference.STORAGE_DTYPES[slot.dtype])
+
+
+class State:
+    """A copy of a problem's memory on its way through the steps of one engine."""
+
+    def __init__(self, problem: Problem, device: str = "cpu") -> None:
+        self.problem = problem
+        self.memory = {dtype: bits.to(device, copy=True) for dtype, bits in problem.memory.items()}
+        self.steps = [torch.tensor(float(parameter.step)) for parameter in problem.parameters]
+        self.taken = 0
+        members = []
+        for i, (parameter, slots) in enumerate(zip(problem.parameters, problem.slots, strict=True)):
+            names = problem.rule.states(problem.groups[parameter.group])
+            state: dict[str, Any] = {name: self._tensor(slots[name]) for name in names}
+            state["step"] = self.steps[i]
+            members.append(
+                Member(self._tensor(slots["param"]), state, names, parameter.group, f"{i}")
+            )
+        self.registered = RegisteredList(members, "auto")
+        self._grads = [
+            [
+                self._tensor(slots[f"grad {k}"]) if parameter.has_grad else None
+                for parameter, slots in zip(problem.parameters, problem.slots, strict=True)
+            ]
+            for k in range(problem.gradients)
+        ]
+
+    def _tensor(self, slot: Slot) -> torch.Tensor:
+        bits = self.memory[slot.dtype][slot.begin : slot.begin + slot.numel]
+        return bits.view(getattr(torch, slot.dtype))
+
+    def gather(self, groups: Sequence[Group] | None = None) -> list[_C.Hyperparameters]:
+        """Fills the buckets for the next step."""
+        hyperparameters = [
+            self.problem.rule.hyperparameters(**group)
+            for group in (self.problem.groups if groups is None else groups)
+        ]
+        grads = self._grads[self.taken % len(self._grads)]
+        assert self.registered.native.gather(hyperparameters, grads)
+        return hyperparameters
+
+    def step(self, run: Run, groups: Sequence[Group] | None = None) -> None:
+        """One step by an engine; `groups` replaces the problem's hyperparameters."""
+        hyperparameters = self.gather(groups)
+        for bucket in self.registered.native.buckets():
+            run(bucket, hyperparameters)
+        self.registered.native.commit()
+        self.taken += 1
+
+    def read(self, index: int, name: str) -> NDArray[np.float32]:
+        """One array of a parameter, widened: "param", a state's name or "grad 0"."""
+        slot = self.problem.slots[index][name]
+        return reference.load(array(self.memory, slot), slot.dtype)
+
+
+# --- Comparison ----------------------------------------------------------------------------------
+
+_INFINITY = {F32: 0x7F800000, BF16: 0x7F80, F16: 0x7C00}
+
+
+def differing(x: torch.Tensor, y: torch.Tensor, dtype: str) -> torch.Tensor:
+    """Indices at which two arrays of bits differ; 0 is not -0, any NaN is any other."""
+    magnitude = torch.iinfo(_BITS[dtype]).max
+    nan = ((x & magnitude) > _INFINITY[dtype]) & ((y & magnitude) > _INFINITY[dtype])
+    return torch.nonzero((x != y) & ~nan).flatten()
+
+
+def differences(expected: State, found: State) -> list[str]:
+    """A line for each of the first differing elements of two states of one problem."""
+    problem = expected.problem
+    lines = []
+    for dtype in _BITS:
+        want, got = expected.memory[dtype].cpu(), found.memory[dtype].cpu()
+        for place in differing(want, got, dtype)[:4].tolist():
+            lines.append(f"{_describe(problem, dtype, place)}: {got[place]} for {want[place]}")
+    for i, (want, got) in enumerate(zip(expected.steps, found.steps, strict=True)):
+        if want != got:
+            lines.append(f"step of {problem.name(i)}: {got} for {want}")
+    return lines
+
+
+def _describe(problem: Problem, dtype: str, place: int) -> str:
+    for i, slots in enumerate(problem.slots):
+        for slot in slots.values():
+            if slot.dtype == dtype and slot.begin <= place < slot.begin + slot.numel:
+                return f"{slot.name}[{place - slot.begin}] of {problem.name(i)}"
+    return f"outside the arrays, word {place} of the {dtype} memory"
+
+
+# --- Engines -------------------------------------------------------------------------------------
+
+_LEVELS = ("baseline", "avx2", "avx512")
+SIMD_LEVELS = _LEVELS[: _LEVELS.index(_C.simd_level()) + 1]
+
+
+def _run_cpu(level: str, threads: int, bucket: _C.Bucket, hyperparameters: object) -> None:
+    _C.update_cpu(bucket, threads, level)
+
+
+def by_name(name: str) -> Run:
+    """The engine that users call by this name."""
+    return lambda bucket, hyperparameters: engine_for(name, bucket)(bucket, hyperparameters)
+
+
+CPU_ENGINES: dict[str, Run] = {
+    f"cpu {level} {threads} threads": partial(_run_cpu, level, threads)
+    for level in SIMD_LEVELS
+    for threads in (1, 2)
+}
+HOST_ENGINES: dict[str, Run] = {**CPU_ENGINES, "cuda-on-host": by_name("cuda-on-host")}
+
+# Empty where Triton is missing, or compiles for a GPU and cannot work on host memory.
+TRITON_ENGINES: dict[str, Run] = (
+    {"triton": by_name("triton")} if unavailable_reason() is None and interpreted() else {}
+)
+
+Schedule: TypeAlias = Callable[[int], Sequence[Group]]
+
+
+def assert_same_bits(
+    problem: Problem,
+    engines: Mapping[str, Run] = HOST_ENGINES,
+    after: Sequence[int] = (1,),
+    schedule: Schedule | None = None,
+) -> None:
+    """Steps each engine beside the float32 reference and compares all bits.
+
+    Args:
+        problem: what they work on.
+        engines: the engines.
+        after: numbers of steps after which to compare.
+        schedule: from the number of a step, counted from 1, to the groups' hyperparameters then.
+    """
+    expected = State(problem)
+    states = {name: State(problem) for name in engines}
+    for step in range(1, max(after) + 1):
+        groups = None if schedule is None else schedule(step)
+        expected.step(run_reference, groups)
+        for name, state in states.items():
+            state.step(engines[name], groups)
+            if step in after and (lines := differences(expected, state)):
+                raise AssertionError("\n".join([f"{name} after {step} steps:", *lines]))

@@ -1,0 +1,10 @@
+"""The update rules as Triton functions, and one kernel that applies a rule to a list of tensors.
+
+Knows nothing of the rest of the package: torch and triton are its only imports.
+"""
+
+from .rules import adam
+from .storage import INTERPRETED
+from .update import launch
+
+__all__ = ["INTERPRETED", "adam", "launch"]
