@@ -3,9 +3,10 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-CPP_FILES = $(shell find csrc tests bench -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name '*.h')
+CPP_FILES = $(shell find $(wildcard csrc tests bench) -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name '*.h')
 
 .DELETE_ON_ERROR:
+.NOTPARALLEL:
 .PHONY: help demo test microbench lint format clean FORCE
 
 help:
@@ -51,12 +52,13 @@ $(VENV)/demo: requirements/demo.txt | $(BIN)/python
 	$(BIN)/pip install -r $<
 	@touch $@
 
-$(VENV)/dev: requirements/dev.txt requirements/demo.txt | $(BIN)/python
+$(VENV)/dev: requirements/dev.txt $(VENV)/demo
 	$(BIN)/pip install -r $<
-	@touch $@ $(VENV)/demo
+	@touch $@
 
 $(VENV)/built: $(VENV)/demo $(VENV)/options setup.py pyproject.toml $(shell find csrc -type f)
-	$(BIN)/pip install --no-build-isolation --no-deps -v -e .
+	$(BIN)/python setup.py -q build_ext --inplace
+	$(BIN)/pip install -q --no-build-isolation --no-deps -e .
 	@touch $@
 
 # Rewritten only where the options of the build have changed.

@@ -15,7 +15,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 import torch
-from error_bounds import bounded_adamw
+from error_bounds import Bounded, bounded_adamw
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
@@ -50,7 +50,8 @@ class Rule:
         loud: hyperparameters so large that an operation in the wrong place shows.
         changes: what a run changes of them, one after the other, between steps.
         numbers: draws hyperparameters from all that is accepted.
-        bounded: one step with error bounds.
+        bounded: one step with error bounds: of param, grad and states, with the keywords step,
+            param_dtype, state_dtype and those of a group, the new param and states.
     """
 
     name: str
@@ -62,7 +63,7 @@ class Rule:
     loud: Group
     changes: Sequence[Group]
     numbers: st.SearchStrategy[dict[str, Any]]
-    bounded: Callable[..., Any]
+    bounded: Callable[..., Sequence[Bounded]]
 
     def variants(self) -> list[dict[str, Any]]:
         """Every combination of options."""
@@ -85,6 +86,11 @@ def _combinations(options: Mapping[str, Sequence[Any]]) -> Iterator[dict[str, An
 def _any_size(most: float) -> st.SearchStrategy[float]:
     """Mostly of a reasonable size, sometimes of any that float64 has."""
     return st.floats(0, most) | st.floats(0, allow_infinity=False)
+
+
+def _bounded_adam(*arrays: Any, amsgrad: bool, **hyperparameters: Any) -> list[Bounded]:
+    found = bounded_adamw(*arrays, **hyperparameters)
+    return [array for array in found if array is not None]  # there is a maximum if one was given
 
 
 ADAM = Rule(
@@ -118,7 +124,7 @@ ADAM = Rule(
             "schedule_multiplier": _any_size(1),
         }
     ),
-    bounded=bounded_adamw,
+    bounded=_bounded_adam,
 )
 
 RULES = (ADAM,)
@@ -317,7 +323,7 @@ class State:
     def read(self, index: int, name: str) -> NDArray[np.float32]:
         """One array of a parameter, widened: "param", a state's name or "grad 0"."""
         slot = self.problem.slots[index][name]
-        return reference.load(array(self.memory, slot), slot.dtype)
+        return reference.load(array({slot.dtype: self.memory[slot.dtype].cpu()}, slot), slot.dtype)
 
 
 # --- Comparison ----------------------------------------------------------------------------------
@@ -325,11 +331,23 @@ class State:
 _INFINITY = {F32: 0x7F800000, BF16: 0x7F80, F16: 0x7C00}
 
 
-def differing(x: torch.Tensor, y: torch.Tensor, dtype: str) -> torch.Tensor:
+def differing(x: torch.Tensor, y: torch.Tensor, dtype: str) -> NDArray[np.int64]:
     """Indices at which two arrays of bits differ; 0 is not -0, any NaN is any other."""
-    magnitude = torch.iinfo(_BITS[dtype]).max
-    nan = ((x & magnitude) > _INFINITY[dtype]) & ((y & magnitude) > _INFINITY[dtype])
-    return torch.nonzero((x != y) & ~nan).flatten()
+    a, b = x.cpu().numpy(), y.cpu().numpy()
+    if np.array_equal(a, b):
+        return np.zeros(0, np.int64)
+    magnitude = np.iinfo(a.dtype).max
+    nan = ((a & magnitude) > _INFINITY[dtype]) & ((b & magnitude) > _INFINITY[dtype])
+    return np.flatnonzero((a != b) & ~nan)
+
+
+def same_bits(x: torch.Tensor, y: torch.Tensor) -> bool:
+    """Whether two tensors are of one shape, dtype and, but for payloads of NaNs, content."""
+    if x.shape != y.shape or x.dtype != y.dtype:
+        return False
+    dtype = str(x.dtype).removeprefix("torch.")
+    bits = [tensor.detach().reshape(-1).view(_BITS[dtype]) for tensor in (x, y)]
+    return not len(differing(*bits, dtype))
 
 
 def differences(expected: State, found: State) -> list[str]:
@@ -337,12 +355,15 @@ def differences(expected: State, found: State) -> list[str]:
     problem = expected.problem
     lines = []
     for dtype in _BITS:
-        want, got = expected.memory[dtype].cpu(), found.memory[dtype].cpu()
-        for place in differing(want, got, dtype)[:4].tolist():
-            lines.append(f"{_describe(problem, dtype, place)}: {got[place]} for {want[place]}")
-    for i, (want, got) in enumerate(zip(expected.steps, found.steps, strict=True)):
-        if want != got:
-            lines.append(f"step of {problem.name(i)}: {got} for {want}")
+        bits, found_bits = expected.memory[dtype], found.memory[dtype]
+        for place in differing(bits, found_bits, dtype)[:4].tolist():
+            found_word, word = (
+                x[place].item() & 2 ** (8 * x.itemsize) - 1 for x in (found_bits, bits)
+            )
+            lines.append(f"{_describe(problem, dtype, place)}: {found_word:#x}, not {word:#x}")
+    for i, (step, found_step) in enumerate(zip(expected.steps, found.steps, strict=True)):
+        if step != found_step:
+            lines.append(f"step of {problem.name(i)}: {found_step}, not {step}")
     return lines
 
 

@@ -37,30 +37,87 @@ namespace {
 using UpdateSpan = void (*)(const TensorEntry&, const float* coefficients, std::int64_t begin,
                             std::int64_t end);
 
+// Elements [begin, end) of one tensor, one at a time.
 template <class Rule, class Format>
-FUSED_ADAMW_HD void update_span(const TensorEntry& tensor, const float* coefficients,
-                                std::int64_t begin, std::int64_t end) {
+FUSED_ADAMW_HD void update_elements(const TensorEntry& tensor, const typename Rule::Coefficients& c,
+                                    std::int64_t begin, std::int64_t end) {
   using Param = typename Format::Param;
-  using Grad = typename Format::Grad;
   using State = typename Format::State;
-  constexpr int kStates = Rule::kStates;
-
-  const auto c = *reinterpret_cast<const typename Rule::Coefficients*>(coefficients);
-  auto* __restrict param = static_cast<Param*>(tensor.slot[kParam]);
-  const auto* __restrict grad = static_cast<const Grad*>(tensor.slot[kGrad]);
-  State* state[kStates];
-  for (int k = 0; k < kStates; ++k) state[k] = static_cast<State*>(tensor.slot[kFirstState + k]);
+  auto* param = static_cast<Param*>(tensor.slot[kParam]);
+  const auto* grad = static_cast<const typename Format::Grad*>(tensor.slot[kGrad]);
+  State* state[Rule::kStates];
+  for (int k = 0; k < Rule::kStates; ++k) {
+    state[k] = static_cast<State*>(tensor.slot[kFirstState + k]);
+  }
 
   FUSED_ADAMW_INDEPENDENT_ITERATIONS
   for (std::int64_t i = begin; i < end; ++i) {
     float p = to_float(param[i]);
-    float s[kStates];
-    for (int k = 0; k < kStates; ++k) s[k] = to_float(state[k][i]);
+    float s[Rule::kStates];
+    for (int k = 0; k < Rule::kStates; ++k) s[k] = to_float(state[k][i]);
 
     Rule::update(c, p, to_float(grad[i]), s);
 
     param[i] = from_float<Param>(p);
-    for (int k = 0; k < kStates; ++k) state[k][i] = from_float<State>(s[k]);
+    for (int k = 0; k < Rule::kStates; ++k) state[k][i] = from_float<State>(s[k]);
+  }
+}
+
+// [note: pairs] Where every array has 16 bits, a vector of words holds two elements a lane.
+// Widening and narrowing then stay within the lanes, which is half as fast again as moving 16-bit
+// values between vectors of different widths (measured on AVX2: 1.28 against 0.86 elements a
+// nanosecond).
+using Word = std::uint32_t __attribute__((may_alias, aligned(2)));
+
+template <class Format>
+constexpr bool kAll16Bit =
+    sizeof(typename Format::Param) == 2 && sizeof(typename Format::Grad) == 2 &&
+    sizeof(typename Format::State) == 2;
+
+// Elements [begin, begin + 2 * pairs).
+template <class Rule, class Format>
+FUSED_ADAMW_HD void update_pairs(const TensorEntry& tensor, const typename Rule::Coefficients& c,
+                                 std::int64_t begin, std::int64_t pairs) {
+  using Param = typename Format::Param;
+  using Grad = typename Format::Grad;
+  using State = typename Format::State;
+  const auto words = [&](int slot) {
+    return reinterpret_cast<Word*>(static_cast<std::uint16_t*>(tensor.slot[slot]) + begin);
+  };
+  Word* param = words(kParam);
+  const Word* grad = words(kGrad);
+  Word* state[Rule::kStates];
+  for (int k = 0; k < Rule::kStates; ++k) state[k] = words(kFirstState + k);
+
+  FUSED_ADAMW_INDEPENDENT_ITERATIONS
+  for (std::int64_t i = 0; i < pairs; ++i) {
+    const std::uint32_t p = param[i], g = grad[i];
+    float p0 = first_of<Param>(p), p1 = second_of<Param>(p);
+    float s0[Rule::kStates], s1[Rule::kStates];
+    for (int k = 0; k < Rule::kStates; ++k) {
+      const std::uint32_t s = state[k][i];
+      s0[k] = first_of<State>(s);
+      s1[k] = second_of<State>(s);
+    }
+
+    Rule::update(c, p0, first_of<Grad>(g), s0);
+    Rule::update(c, p1, second_of<Grad>(g), s1);
+
+    param[i] = pair_of<Param>(p0, p1);
+    for (int k = 0; k < Rule::kStates; ++k) state[k][i] = pair_of<State>(s0[k], s1[k]);
+  }
+}
+
+template <class Rule, class Format>
+FUSED_ADAMW_HD void update_span(const TensorEntry& tensor, const float* coefficients,
+                                std::int64_t begin, std::int64_t end) {
+  const auto c = *reinterpret_cast<const typename Rule::Coefficients*>(coefficients);
+  if constexpr (kAll16Bit<Format>) {
+    const std::int64_t pairs = (end - begin) / 2;
+    update_pairs<Rule, Format>(tensor, c, begin, pairs);
+    update_elements<Rule, Format>(tensor, c, begin + 2 * pairs, end);
+  } else {
+    update_elements<Rule, Format>(tensor, c, begin, end);
   }
 }
 

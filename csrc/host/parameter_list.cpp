@@ -1,7 +1,6 @@
 #include "host/parameter_list.h"
 
 #include <algorithm>
-#include <map>
 #include <tuple>
 
 // [note: host time] A step over a thousand tensors spends its host time here, so the loop in
@@ -25,30 +24,21 @@ PyObject* item(const py::list& list, std::size_t i) {
   return PyList_GET_ITEM(list.ptr(), static_cast<Py_ssize_t>(i));
 }
 
-// The coefficient row of (bucket, group, step): neighbours nearly always share one.
-class RowCache {
- public:
-  std::int32_t row(Bucket& bucket, const Hyperparameters& hyperparameters, int group,
-                   std::int64_t step) {
-    const Key key{&bucket, group, step};
-    if (key == last_) return last_row_;
-    last_ = key;
-    const auto [found, inserted] = rows_.emplace(key, bucket.rows());
-    last_row_ = found->second;
-    if (inserted) {
-      const std::size_t size = bucket.coefficients.size();
-      bucket.coefficients.resize(size + static_cast<std::size_t>(bucket.coefficients_per_row));
-      hyperparameters.coefficients_at(step, bucket.coefficients.data() + size);
-    }
-    return last_row_;
-  }
+// How the gradient of a parameter is read: by torch's own descriptor where the type has no other,
+// which spares the search for it, and as an attribute otherwise.
+GradientReader gradient_reader(PyObject* param) {
+  const auto found = py::reinterpret_steal<py::object>(
+      PyObject_GetAttrString(reinterpret_cast<PyObject*>(Py_TYPE(param)), "grad"));
+  if (!found) throw py::error_already_set();
+  if (Py_TYPE(found.ptr()) != &PyGetSetDescr_Type) return {};
+  const PyGetSetDef* definition = reinterpret_cast<PyGetSetDescrObject*>(found.ptr())->d_getset;
+  return {definition->get, definition->closure};
+}
 
- private:
-  using Key = std::tuple<Bucket*, int, std::int64_t>;
-  Key last_{nullptr, -1, -1};
-  std::int32_t last_row_ = 0;
-  std::map<Key, std::int32_t> rows_;
-};
+PyObject* read(const GradientReader& reader, PyObject* param) {
+  static PyObject* const kGradName = PyUnicode_InternFromString("grad");
+  return reader.get ? reader.get(param, reader.closure) : PyObject_GetAttr(param, kGradName);
+}
 
 }  // namespace
 
@@ -95,6 +85,7 @@ void ParameterList::register_entry(std::size_t i) {
   entry.numel = count_elements(tensor.ndim, tensor.shape);
   entry.device = tensor.device;
   entry.param = param;
+  entry.gradient = gradient_reader(param);
   entry.data = address(tensor);
   if (!is_dense(tensor.ndim, tensor.shape, tensor.strides)) {
     fail(PyExc_ValueError, entry,
@@ -173,86 +164,120 @@ void ParameterList::keep(PyObject* state) {
   kept_.append(py::handle(state).attr("detach")());
 }
 
+// Until Python 3.13 a dict carries a version that changes with every modification of any dict;
+// later the values of each state are compared one by one.
 template <class Visit>
 bool ParameterList::walk(const py::list& param_lists, const py::dict& states, Visit&& visit) {
+  const auto visit_object = [&](PyObject* object) {
+    return visit(reinterpret_cast<std::uintptr_t>(object));
+  };
   for (Py_ssize_t g = 0; g < PyList_GET_SIZE(param_lists.ptr()); ++g) {
     PyObject* params = PyList_GET_ITEM(param_lists.ptr(), g);
-    if (!PyList_Check(params) || !visit(params)) return false;
+    if (!PyList_Check(params) || !visit_object(params)) return false;
     for (Py_ssize_t i = 0; i < PyList_GET_SIZE(params); ++i) {
-      if (!visit(PyList_GET_ITEM(params, i))) return false;
+      if (!visit_object(PyList_GET_ITEM(params, i))) return false;
     }
   }
   Py_ssize_t outer = 0;
   PyObject *param, *state;
   while (PyDict_Next(states.ptr(), &outer, &param, &state)) {
-    if (!PyDict_Check(state) || !visit(param) || !visit(state)) return false;
+    if (!PyDict_Check(state) || !visit_object(param) || !visit_object(state)) return false;
+#if PY_VERSION_HEX < 0x030E0000
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wdeprecated-declarations"
+    if (!visit(reinterpret_cast<PyDictObject*>(state)->ma_version_tag)) return false;
+#pragma GCC diagnostic pop
+#else
     Py_ssize_t inner = 0;
     PyObject *name, *value;
     while (PyDict_Next(state, &inner, &name, &value)) {
-      if (!visit(value)) return false;
+      if (!visit_object(value)) return false;
     }
+#endif
   }
   return true;
 }
 
 void ParameterList::remember(const py::list& param_lists, const py::dict& states) {
   snapshot_.clear();
-  walk(param_lists, states, [&](PyObject* object) {
-    snapshot_.push_back(object);
+  walk(param_lists, states, [&](std::uintptr_t found) {
+    snapshot_.push_back(found);
     return true;
   });
 }
 
 bool ParameterList::matches(const py::list& param_lists, const py::dict& states) const {
   auto expected = snapshot_.begin();
-  return walk(param_lists, states,
-              [&](PyObject* found) {
-                return expected != snapshot_.end() && *expected++ == found;
-              }) &&
-         expected == snapshot_.end();
+  const bool same = walk(param_lists, states, [&](std::uintptr_t found) {
+    return expected != snapshot_.end() && *expected++ == found;
+  });
+  return same && expected == snapshot_.end();
 }
 
 bool ParameterList::gather(const std::vector<const Hyperparameters*>& groups,
                            const std::optional<py::list>& grads) {
-  static PyObject* const kGradName = PyUnicode_InternFromString("grad");
   temporaries_ = py::list();
   updated_.clear();
+  routes_.clear();
   for (const auto& bucket : buckets_) {
     bucket->tensors.clear();
     bucket->coefficients.clear();
     bucket->numel = 0;
   }
 
-  RowCache rows;
+  const Route* route = nullptr;
   for (std::size_t i = 0; i < entries_.size(); ++i) {
     const Entry& entry = entries_[i];
-    const py::object grad =
-        grads ? py::reinterpret_borrow<py::object>(item(*grads, i))
-              : py::reinterpret_steal<py::object>(PyObject_GetAttr(entry.param, kGradName));
+    const auto grad = grads ? py::reinterpret_borrow<py::object>(item(*grads, i))
+                            : py::reinterpret_steal<py::object>(read(entry.gradient, entry.param));
     if (!grad) throw py::error_already_set();
     if (grad.is_none()) continue;
+    if (!unchanged(entry)) return false;
 
-    TensorEntry tensor{};
+    TensorEntry tensor;
     Dtype grad_dtype;
     tensor.slot[kGrad] = read_gradient(entry, grad.ptr(), grad_dtype);
-    const Hyperparameters& group = *groups.at(static_cast<std::size_t>(entry.group));
-    if (!entry.has_state || entry.states != group.state_count() || !unchanged(entry)) return false;
-
-    Bucket& bucket =
-        bucket_for(entry, group.variant(), {entry.dtype, grad_dtype, entry.state_dtype});
-    bucket.coefficients_per_row = group.coefficient_count();
+    if (!entry.has_state) return false;
     tensor.slot[kParam] = entry.data;
     for (int k = 0; k < entry.states; ++k) tensor.slot[kFirstState + k] = entry.state[k];
     check_alias(entry, tensor, grad_dtype);
+
+    tensor.step = static_cast<std::int64_t>(*entry.step) + 1;
+    // Neighbours nearly always go the same way.
+    if (route == nullptr || !route->fits(entry, grad_dtype, tensor.step)) {
+      const Hyperparameters& group = *groups.at(static_cast<std::size_t>(entry.group));
+      if (entry.states != group.state_count()) return false;
+      route = &route_of(entry, group, grad_dtype, tensor.step);
+    }
     tensor.numel = entry.numel;
     tensor.group = entry.group;
-    tensor.step = static_cast<std::int64_t>(*entry.step) + 1;
-    tensor.row = rows.row(bucket, group, entry.group, tensor.step);
-    bucket.tensors.push_back(tensor);
-    bucket.numel += tensor.numel;
+    tensor.row = route->row;
+    route->bucket->tensors.push_back(tensor);
+    route->bucket->numel += tensor.numel;
     updated_.push_back(i);
   }
   return true;
+}
+
+bool ParameterList::Route::fits(const Entry& entry, Dtype grad_dtype, std::int64_t t) const {
+  return t == step && entry.group == group && grad_dtype == bucket->format.grad &&
+         entry.dtype == bucket->format.param && entry.state_dtype == bucket->format.state &&
+         entry.device.type == bucket->device_type && entry.device.index == bucket->device_index;
+}
+
+const ParameterList::Route& ParameterList::route_of(const Entry& entry,
+                                                    const Hyperparameters& group, Dtype grad_dtype,
+                                                    std::int64_t step) {
+  Bucket& bucket = bucket_for(entry, group.variant(), {entry.dtype, grad_dtype, entry.state_dtype});
+  bucket.coefficients_per_row = group.coefficient_count();
+  const auto [found, is_new] = routes_.try_emplace(
+      {&bucket, entry.group, step}, Route{&bucket, entry.group, step, bucket.rows()});
+  if (is_new) {
+    const std::size_t size = bucket.coefficients.size();
+    bucket.coefficients.resize(size + static_cast<std::size_t>(bucket.coefficients_per_row));
+    group.coefficients_at(step, bucket.coefficients.data() + size);
+  }
+  return found->second;
 }
 
 void* ParameterList::read_gradient(const Entry& entry, PyObject* grad, Dtype& dtype) {
@@ -297,8 +322,12 @@ bool ParameterList::unchanged(const Entry& entry) const {
 }
 
 bool ParameterList::same_shape(const Entry& entry, const dlpack::Tensor& tensor) const {
+  if (tensor.ndim != entry.ndim) return false;
   const std::int64_t* shape = dims_.data() + entry.dims;
-  return tensor.ndim == entry.ndim && std::equal(shape, shape + entry.ndim, tensor.shape);
+  for (int i = 0; i < entry.ndim; ++i) {
+    if (shape[i] != tensor.shape[i]) return false;
+  }
+  return true;
 }
 
 bool ParameterList::same_strides(const Entry& entry, const dlpack::Tensor& tensor) const {

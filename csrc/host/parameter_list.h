@@ -5,9 +5,11 @@
 #include <pybind11/pybind11.h>
 
 #include <cstdint>
+#include <map>
 #include <memory>
 #include <optional>
 #include <string>
+#include <tuple>
 #include <vector>
 
 #include "core/bucket.h"
@@ -28,6 +30,12 @@ struct Registration {
   py::list holdable;    // whether a reference may be held: see [note: holding]
   py::object restride;  // (tensor, like) -> a copy of tensor with the strides of like
   py::object increment_version;  // (list of tensors) -> None
+};
+
+// torch's descriptor of `grad`; empty where a type has one of its own.
+struct GradientReader {
+  getter get = nullptr;
+  void* closure = nullptr;
 };
 
 class ParameterList {
@@ -58,6 +66,7 @@ class ParameterList {
  private:
   struct Entry {
     PyObject* label;
+    GradientReader gradient;
     int group;
     int ndim;
     std::size_t dims;  // where its shape and then its strides start in dims_
@@ -73,7 +82,17 @@ class ParameterList {
     float* step;
   };
 
-  // Calls visit(object) for each in order until it returns false; whether it never did.
+  // Where tensors of one group, dtypes and step go.
+  struct Route {
+    Bucket* bucket;
+    int group;
+    std::int64_t step;
+    std::int32_t row;
+
+    bool fits(const Entry& entry, Dtype grad_dtype, std::int64_t t) const;
+  };
+
+  // Calls visit(number) for each until it returns false; whether it never did.
   template <class Visit>
   static bool walk(const py::list& param_lists, const py::dict& states, Visit&& visit);
 
@@ -85,6 +104,8 @@ class ParameterList {
   bool same_strides(const Entry& entry, const dlpack::Tensor& tensor) const;
   bool unchanged(const Entry& entry) const;
   void* read_gradient(const Entry& entry, PyObject* grad, Dtype& dtype);
+  const Route& route_of(const Entry& entry, const Hyperparameters& group, Dtype grad_dtype,
+                        std::int64_t step);
   Bucket& bucket_for(const Entry& entry, const RuleVariant& rule, const Format& format);
   void check_alias(const Entry& entry, const TensorEntry& tensor, Dtype grad_dtype) const;
   void check_overlaps() const;
@@ -94,12 +115,13 @@ class ParameterList {
   Registration registration_;
   std::vector<Entry> entries_;
   std::vector<std::int64_t> dims_;
-  std::vector<PyObject*> snapshot_;
+  std::vector<std::uintptr_t> snapshot_;
   std::vector<dlpack::ManagedTensor*> held_;
   py::list kept_;
 
   // Of the current step.
   std::vector<std::unique_ptr<Bucket>> buckets_;
+  std::map<std::tuple<const Bucket*, int, std::int64_t>, Route> routes_;
   std::vector<std::size_t> updated_;
   py::list temporaries_;
 };

@@ -52,12 +52,15 @@ FUSED_ADAMW_HD float from_float<float>(float x) {
   return x;
 }
 
+// The upper half is the bfloat16 nearest to x; the lower half is to be dropped.
+FUSED_ADAMW_HD std::uint32_t rounded_to_bfloat16(float x) {
+  const std::uint32_t u = bits_of(x);
+  return x != x ? 0x7fc00000u : u + 0x7fffu + ((u >> 16) & 1u);
+}
+
 template <>
 FUSED_ADAMW_HD bfloat16 from_float<bfloat16>(float x) {
-  const std::uint32_t u = bits_of(x);
-  const std::uint32_t rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
-  const bool nan = (u & 0x7fffffffu) > 0x7f800000u;
-  return {static_cast<std::uint16_t>(nan ? 0x7fc0u : rounded)};
+  return {static_cast<std::uint16_t>(rounded_to_bfloat16(x) >> 16)};
 }
 
 template <>
@@ -73,6 +76,28 @@ FUSED_ADAMW_HD float16 from_float<float16>(float x) {
   h = magnitude >= 0x47800000u ? 0x7c00u : h;
   h = magnitude > 0x7f800000u ? 0x7e00u : h;
   return {static_cast<std::uint16_t>(sign | h)};
+}
+
+// Two neighbours of a 16-bit array as one word, the first in the lower half (little-endian): so
+// they can be taken apart and put together within the lanes of a 32-bit vector.
+template <class T>
+FUSED_ADAMW_HD float first_of(std::uint32_t pair) {
+  return to_float(T{static_cast<std::uint16_t>(pair & 0xffffu)});
+}
+
+template <class T>
+FUSED_ADAMW_HD float second_of(std::uint32_t pair) {
+  return to_float(T{static_cast<std::uint16_t>(pair >> 16)});
+}
+
+template <class T>
+FUSED_ADAMW_HD std::uint32_t pair_of(float first, float second) {
+  return from_float<T>(first).bits | static_cast<std::uint32_t>(from_float<T>(second).bits) << 16;
+}
+
+template <>
+FUSED_ADAMW_HD std::uint32_t pair_of<bfloat16>(float first, float second) {
+  return rounded_to_bfloat16(first) >> 16 | (rounded_to_bfloat16(second) & 0xffff0000u);
 }
 
 }  // namespace fused_adamw

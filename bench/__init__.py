@@ -1,0 +1,1 @@
+"""Benchmarks of optimizer steps: see README.md for the method."""

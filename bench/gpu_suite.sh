@@ -1,0 +1,159 @@
+#!/usr/bin/env bash
+# Everything that needs a GPU, in under nine minutes and without a network:
+#
+#   bench/gpu_suite.sh OUT_DIR
+#
+# builds in place for the GPU that is here, runs the GPU tests, the step benchmark and
+# compute-sanitizer, and leaves logs, bench.json and summary.txt in OUT_DIR. Needed: a CUDA toolkit,
+# and a `python3` with torch, triton, pybind11, ninja, setuptools, numpy, pytest, hypothesis and
+# rich. The most important parts come first, each has its own time limit, and none depends on
+# another's success. The exit code is 0 if every part that could be run passed, 1 if one did not, 2
+# for a wrong call, 3 where there is no GPU.
+#
+# GPU_SUITE_SECONDS          the time for everything (default: 525)
+# FUSED_ADAMW_CUDA_ARCHS     what to compile for (default: the GPU that is here)
+set -uo pipefail
+
+if [[ $# -ne 1 || $1 == -* ]]; then
+  echo "usage: bench/gpu_suite.sh OUT_DIR" >&2
+  exit 2
+fi
+mkdir -p -- "$1" || exit 2
+out=$(cd -- "$1" && pwd)
+cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." || exit 2
+budget=${GPU_SUITE_SECONDS:-525}
+
+if ! command -v python3 > /dev/null; then
+  echo "gpu_suite: no python3 on the PATH" >&2
+  exit 3
+fi
+if ! capability=$(python3 - << 'PYTHON'
+import sys
+
+try:
+    import torch
+except ImportError as error:
+    sys.exit(f"gpu_suite: {sys.executable} has no torch ({error})")
+if not torch.cuda.is_available():
+    sys.exit(f"gpu_suite: no GPU: {sys.executable} has torch {torch.__version__}, which finds none")
+print("{}.{}".format(*torch.cuda.get_device_capability()))
+PYTHON
+); then
+  exit 3
+fi
+export FUSED_ADAMW_CUDA=on
+export FUSED_ADAMW_CUDA_ARCHS=${FUSED_ADAMW_CUDA_ARCHS:-$capability}
+export PYTHONUNBUFFERED=1
+# What Triton compiles for the tests serves the benchmark and the sanitizer too.
+export TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-$PWD/build/triton-cache}
+# The source tree is what is tested, wherever else the package may be installed.
+export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
+PATH=$PATH:/usr/local/cuda/bin
+
+# --- The parts: each is run by a shell of its own, so that a time limit can end it ----------------
+
+build() {
+  python3 setup.py build_ext --inplace || return
+  # An installation puts the folder triton_kernels below the package; a source tree needs a link.
+  python3 -c 'import fused_adamw.triton_kernels' 2> /dev/null ||
+    ln -s ../triton_kernels fused_adamw/triton_kernels
+}
+
+engines() {
+  nvidia-smi
+  python3 -m fused_adamw info
+  python3 - << 'PYTHON'
+import sys
+
+from fused_adamw import engine_status
+
+absent = {name: why for name, why in engine_status().items() if why is not None}
+sys.exit("\n".join(f"engine {name} is absent: {why}" for name, why in absent.items()) or 0)
+PYTHON
+}
+
+gpu_tests() {
+  python3 -m pytest -m gpu -q --durations=10 --continue-on-collection-errors tests
+}
+
+verify() {
+  python3 -m fused_adamw verify
+}
+
+benchmark() {
+  python3 -m bench --device cuda --json "$1/bench.json"
+}
+
+sanitize() {
+  local options=(--tool "$1" --error-exitcode 9 --target-processes application-only)
+  # torch and Triton probe for what a driver has; that an answer is no is not an error of ours.
+  [[ $1 == memcheck ]] && options+=(--report-api-errors no)
+  PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
+    compute-sanitizer "${options[@]}" python3 -m bench.sanitize_case
+}
+
+export -f build engines gpu_tests verify benchmark sanitize
+
+# --- Running them ---------------------------------------------------------------------------------
+
+lines=()
+failed=0
+
+note() { # name, seconds, result, log
+  lines+=("$(printf '%-12s %5s s  %-28s %s' "$1" "$2" "$3" "$4")")
+  printf '== %s: %s (%s s)\n' "$1" "$3" "$2"
+}
+
+# Runs a part: name, limit in seconds, log, function, its arguments.
+part() {
+  local name=$1 limit=$2 log=$3 left begin status result
+  shift 3
+  left=$((budget - SECONDS))
+  if ((left < 15)); then
+    note "$name" 0 "not run: no time left" ""
+    return
+  fi
+  ((limit > left)) && limit=$left
+  begin=$SECONDS
+  printf '\n== %s\n' "$name" >> "$out/$log"
+  # shellcheck disable=SC2016  # expanded by the inner shell
+  timeout --kill-after=5 "$limit" bash -c '"$@"' part "$@" >> "$out/$log" 2>&1
+  status=$?
+  case $status in
+    0) result="passed" ;;
+    124 | 137) result="FAILED: over its $limit s" ;;
+    *) result="FAILED: exit code $status" ;;
+  esac
+  if [[ $status -ne 0 && $1 == sanitize ]] && grep -q 'Device not supported' "$out/$log"; then
+    result="not possible on this machine"
+  elif ((status != 0)); then
+    failed=1
+  fi
+  note "$name" $((SECONDS - begin)) "$result" "$log"
+}
+
+rm -f -- "$out"/{build,engines,tests,verify,bench,sanitizer}.log "$out"/{bench.json,summary.txt}
+part build 180 build.log build
+part engines 60 engines.log engines
+part tests 210 tests.log gpu_tests
+part benchmark 150 bench.log benchmark "$out"
+if command -v compute-sanitizer > /dev/null; then
+  part memcheck 120 sanitizer.log sanitize memcheck
+  part verify 60 verify.log verify
+  for tool in initcheck racecheck synccheck; do
+    part "$tool" 90 sanitizer.log sanitize "$tool"
+  done
+else
+  note memcheck 0 "not possible: no compute-sanitizer" ""
+  part verify 60 verify.log verify
+fi
+
+{
+  echo
+  [[ -f $out/bench.log ]] && grep -v '^== ' "$out/bench.log"
+  [[ -f $out/tests.log ]] && tail -n 1 "$out/tests.log"
+  echo
+  printf '%s\n' "${lines[@]}"
+  echo "$SECONDS s in all; logs in $out"
+} | tee "$out/summary.txt"
+exit "$failed"
