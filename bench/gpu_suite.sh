@@ -12,6 +12,7 @@
 #
 # GPU_SUITE_SECONDS          the time for everything (default: 525)
 # FUSED_ADAMW_CUDA_ARCHS     what to compile for (default: the GPU that is here)
+# shellcheck disable=SC2329  # `part` calls the functions by their names
 set -uo pipefail
 
 if [[ $# -ne 1 || $1 == -* ]]; then
@@ -85,7 +86,7 @@ benchmark() {
 }
 
 sanitize() {
-  local options=(--tool "$1" --error-exitcode 9 --target-processes application-only)
+  local options=(--tool "$1" --error-exitcode 9 --target-processes all)
   # torch and Triton probe for what a driver has; that an answer is no is not an error of ours.
   [[ $1 == memcheck ]] && options+=(--report-api-errors no)
   PYTORCH_NO_CUDA_MEMORY_CACHING=1 \

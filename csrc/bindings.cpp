@@ -167,24 +167,32 @@ PYBIND11_MODULE(_C, m) {
         std::copy(b.coefficients.begin(), b.coefficients.end(), values.mutable_data());
         return values;
       });
-  py::class_<host::ParameterList>(m, "ParameterList")
+  py::class_<host::ParameterList>(
+      m, "ParameterList", py::custom_type_setup([](PyHeapTypeObject* heap_type) {
+        PyTypeObject& type = heap_type->ht_type;
+        type.tp_flags |= Py_TPFLAGS_HAVE_GC;
+        type.tp_traverse = [](PyObject* self, visitproc visit, void* arg) {
+          Py_VISIT(Py_TYPE(self));
+          if (!py::detail::is_holder_constructed(self)) return 0;
+          return py::cast<host::ParameterList&>(py::handle(self)).traverse(visit, arg);
+        };
+      }))
       .def(py::init([](py::list params, py::list states, py::list names, py::list groups,
-                       py::list labels, py::list holdable, py::object restride,
-                       py::object increment_version) {
-             for (const py::list& list : {states, names, groups, labels, holdable}) {
+                       py::list labels, py::object restride, py::object increment_version) {
+             for (const py::list& list : {states, names, groups, labels}) {
                if (list.size() != params.size()) {
                  throw py::value_error("lists of one registration differ in length");
                }
              }
              return std::make_unique<host::ParameterList>(host::Registration{
-                 params, states, names, groups, labels, holdable, restride, increment_version});
+                 params, states, names, groups, labels, restride, increment_version});
            }),
            py::kw_only(), py::arg("params"), py::arg("states"), py::arg("names"), py::arg("groups"),
-           py::arg("labels"), py::arg("holdable"), py::arg("restride"),
-           py::arg("increment_version"))
+           py::arg("labels"), py::arg("restride"), py::arg("increment_version"))
       .def("remember", &host::ParameterList::remember, py::arg("param_lists"), py::arg("states"))
       .def("matches", &host::ParameterList::matches, py::arg("param_lists"), py::arg("states"))
       .def("gather", &host::ParameterList::gather, py::arg("groups"), py::arg("grads") = py::none())
+      .def("let_go", &host::ParameterList::let_go)
       .def("buckets", &host::ParameterList::buckets, py::return_value_policy::reference_internal)
       .def("commit", &host::ParameterList::commit);
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fused_adamw import _C
+from fused_adamw.hyperparameters import adam_hyperparameters
 from fused_adamw.optimizer import FusedOptimizer
 
 
@@ -35,6 +37,10 @@ class FusedAdamW(FusedOptimizer):
     State of a parameter, as in torch: ``step``, a float32 tensor without dimensions on the CPU;
     ``exp_avg``, ``exp_avg_sq`` and with amsgrad ``max_exp_avg_sq``, of the parameter's shape.
     Checkpoints of `torch.optim.AdamW` load here and the other way round (``decay="lr"``).
+
+    State may be changed in place or replaced at any time, through ``optimizer.state``. Only a state
+    tensor that was held across a step must not be given other memory by its ``.data``: the step
+    would not see it.
 
     Args:
         params: tensors, (name, tensor) pairs or param groups; float32, bfloat16 or float16, dense
@@ -63,6 +69,7 @@ class FusedAdamW(FusedOptimizer):
     """
 
     _group_keys = frozenset({"lr", "betas", "eps", "weight_decay", "amsgrad"})
+    _known_states = frozenset({"exp_avg", "exp_avg_sq", "max_exp_avg_sq"})
 
     def __init__(
         self,
@@ -83,17 +90,13 @@ class FusedAdamW(FusedOptimizer):
         schedule_multiplier: float = 1.0,
         state_dtype: torch.dtype | None = None,
     ) -> None:
-        if differentiable:
-            raise RuntimeError(
-                "differentiable: found True, accepted: False (a fused update has no derivative)"
-            )
         if isinstance(lr, Tensor) and lr.numel() != 1:
             raise ValueError(
                 f"lr: found a tensor of shape {tuple(lr.shape)}, accepted: one element"
             )
         defaults = {
             "lr": lr,
-            "betas": tuple(float(beta) for beta in betas),
+            "betas": _as_numbers(betas),
             "eps": eps,
             "weight_decay": weight_decay,
             "amsgrad": amsgrad,
@@ -102,25 +105,38 @@ class FusedAdamW(FusedOptimizer):
             "capturable": capturable,
             "differentiable": differentiable,
             "fused": fused,
-            "decoupled_weight_decay": decay != "l2",  # what torch calls the convention
+            "decoupled_weight_decay": decay != "l2",  # the convention in torch's terms
             "decay": decay,
             "schedule_multiplier": schedule_multiplier,
         }
         super().__init__(params, defaults, engine=engine, state_dtype=state_dtype)
 
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Adds a param group, as in torch; refused whole if anything in it cannot be used."""
+        if isinstance(param_group, dict):
+            decay = param_group.get("decay", self.defaults["decay"])
+            param_group["decoupled_weight_decay"] = decay != "l2"
+        super().add_param_group(param_group)
+
+    _values = operator.itemgetter(
+        "lr",
+        "betas",
+        "eps",
+        "weight_decay",
+        "schedule_multiplier",
+        "decay",
+        "amsgrad",
+        "maximize",
+        "differentiable",
+    )
+
     def _hyperparameters(self, group: dict[str, Any]) -> _C.AdamHyperparameters:
-        beta1, beta2 = group["betas"]
-        return _C.AdamHyperparameters(
-            lr=float(group["lr"]),
-            beta1=float(beta1),
-            beta2=float(beta2),
-            eps=group["eps"],
-            weight_decay=group["weight_decay"],
-            schedule_multiplier=float(group["schedule_multiplier"]),
-            decay=group["decay"],
-            amsgrad=group["amsgrad"],
-            maximize=group["maximize"],
-        )
+        *values, differentiable = self._values(group)
+        if differentiable:
+            raise RuntimeError(
+                "differentiable: found True, accepted: False (a fused update has no derivative)"
+            )
+        return adam_hyperparameters(*values)
 
     def _state_names(self, group: dict[str, Any]) -> tuple[str, ...]:
         names = ("exp_avg", "exp_avg_sq")
@@ -136,3 +152,12 @@ class FusedAdamW(FusedOptimizer):
                 "the same weight_decay means something else; accepted: the same convention"
             )
         super()._adopt_group(where, group, new)
+
+
+def _as_numbers(betas: Any) -> Any:
+    """Betas as torch keeps them: a tuple, with numbers in place of tensors."""
+    if not isinstance(betas, tuple | list):
+        return betas  # refused with the group
+    return tuple(
+        beta.item() if isinstance(beta, Tensor) and beta.numel() == 1 else beta for beta in betas
+    )

@@ -6,14 +6,14 @@ from typing import Any
 
 from torch import Tensor
 
-from fused_adamw import _C
 from fused_adamw.engines import check_engine
+from fused_adamw.hyperparameters import adam_hyperparameters
 from fused_adamw.registration import Member, RegisteredList
 
 
 def adamw(
     params: list[Tensor],
-    grads: list[Tensor],
+    grads: list[Tensor | None] | list[Tensor],
     exp_avgs: list[Tensor],
     exp_avg_sqs: list[Tensor],
     max_exp_avg_sqs: list[Tensor],
@@ -37,7 +37,8 @@ def adamw(
 
     Args:
         params: parameters, float32, bfloat16 or float16, dense in any order of dimensions; written.
-        grads: their gradients; strides may differ from the parameter's.
+        grads: their gradients; strides may differ from the parameter's. A parameter whose gradient
+            is None is left alone.
         exp_avgs: first moments; written.
         exp_avg_sqs: second moments, of the same dtype; written.
         max_exp_avg_sqs: running maxima of the second moments; written. Empty without ``amsgrad``.
@@ -60,10 +61,9 @@ def adamw(
         RuntimeError: an engine that is absent, tensors on different devices.
     """
     check_engine(engine)
-    hyperparameters = _C.AdamHyperparameters(
-        lr=float(lr),
-        beta1=beta1,
-        beta2=beta2,
+    hyperparameters = adam_hyperparameters(
+        lr=lr,
+        betas=(beta1, beta2),
         eps=eps,
         weight_decay=weight_decay,
         schedule_multiplier=schedule_multiplier,

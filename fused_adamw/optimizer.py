@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import math
 from abc import abstractmethod
 from collections import defaultdict
 from collections.abc import Callable, Iterable
@@ -12,12 +14,14 @@ from typing import Any, TypeVar, overload
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
+from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from fused_adamw import _C
 from fused_adamw.engines import check_engine
 from fused_adamw.registration import Member, RegisteredList
 
 PARAM_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_PLAIN = frozenset({float, int, bool, str})
 Loss = TypeVar("Loss")
 States = defaultdict[Tensor, dict[str, Any]]
 
@@ -29,8 +33,9 @@ class FusedOptimizer(Optimizer):
     are created, like torch's, when a parameter first has a gradient.
     """
 
-    # What a group of a checkpoint must have for it to be of this algorithm.
+    # What a group of a checkpoint must have, and its states may have, to be of this algorithm.
     _group_keys: frozenset[str]
+    _known_states: frozenset[str]
 
     def __init__(
         self,
@@ -46,7 +51,11 @@ class FusedOptimizer(Optimizer):
         self.engine = engine
         self.state_dtype = state_dtype
         self._registered: RegisteredList | None = None
+        self._known: dict[int, tuple[tuple[Any, ...], _C.Hyperparameters]] = {}
         super().__init__(params, defaults)
+
+    # The values of a group that make its hyperparameters, as a tuple.
+    _values: Callable[[dict[str, Any]], tuple[Any, ...]]
 
     @abstractmethod
     def _hyperparameters(self, group: dict[str, Any]) -> _C.Hyperparameters:
@@ -81,22 +90,41 @@ class FusedOptimizer(Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a param group, as in torch; refused whole if anything in it cannot be used."""
         count = len(self.param_groups)
-        super().add_param_group(param_group)
+        self._refuse_repeated(param_group)
         try:
+            super().add_param_group(param_group)
             self._check_group(count)
         except Exception:
             del self.param_groups[count:]
             raise
         self._registered = None
 
+    def _refuse_repeated(self, param_group: dict[str, Any]) -> None:
+        """Names the parameter, where torch only warns, or does not say which."""
+        if not isinstance(param_group, dict) or not isinstance(param_group["params"], Iterable):
+            return  # torch refuses it
+        if isinstance(param_group["params"], Tensor | set):
+            return
+        params = param_group["params"] = list(param_group["params"])
+        names = [item[0] if isinstance(item, tuple) else None for item in params]
+        seen = {param for group in self.param_groups for param in group["params"]}
+        first = sum(len(group["params"]) for group in self.param_groups)
+        for i, item in enumerate(params):
+            param = item[1] if isinstance(item, tuple) else item
+            if not isinstance(param, Tensor):
+                continue
+            if param in seen:
+                label = _label(first + i, {"param_names": names} if names[i] else {}, i)
+                raise ValueError(
+                    f"params: {label} is given twice; accepted: each parameter once, in one group"
+                )
+            seen.add(param)
+
     def _check_group(self, index: int) -> None:
         group = self.param_groups[index]
-        seen: set[Tensor] = set()
+        first = sum(len(earlier["params"]) for earlier in self.param_groups[:index])
         for i, param in enumerate(group["params"]):
-            label = _label(sum(len(g["params"]) for g in self.param_groups[:index]) + i, group, i)
-            if param in seen:
-                raise ValueError(f"params: {label} is given twice")
-            seen.add(param)
+            label = _label(first + i, group, i)
             if param.dtype not in PARAM_DTYPES:
                 raise TypeError(
                     f"{label} has dtype {param.dtype}; accepted: float32, bfloat16, float16"
@@ -106,7 +134,7 @@ class FusedOptimizer(Optimizer):
     def _checked_hyperparameters(self, index: int) -> _C.Hyperparameters:
         try:
             return self._hyperparameters(self.param_groups[index])
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, RuntimeError) as error:
             raise type(error)(f"param group {index}: {error}") from None
 
     # --- The step --------------------------------------------------------------------------------
@@ -134,9 +162,7 @@ class FusedOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        hyperparameters = [
-            self._checked_hyperparameters(index) for index in range(len(self.param_groups))
-        ]
+        hyperparameters = [self._current(index) for index in range(len(self.param_groups))]
         registered = self._registered
         if (
             registered is None
@@ -146,20 +172,54 @@ class FusedOptimizer(Optimizer):
             self._register_and_step(hyperparameters)
         return loss
 
+    def _current(self, index: int) -> _C.Hyperparameters:
+        """The hyperparameters of a group: those of the last step where its values are the same."""
+        values = self._values(self.param_groups[index])
+        if not all(map(_is_plain, values)):
+            return self._checked_hyperparameters(index)
+        known = self._known.get(index)
+        if known is None or known[0] != values:
+            known = self._known[index] = values, self._checked_hyperparameters(index)
+        return known[1]
+
+    @staticmethod
+    def profile_hook_step(func: Callable[..., Any]) -> Callable[..., Any]:
+        """Torch's wrapper of a step, with its hooks and its profiler mark, where there are any.
+
+        The mark alone costs as much as a step over a dozen tensors.
+        """
+        torchs = Optimizer.profile_hook_step(func)
+
+        @functools.wraps(func)
+        def step(self: FusedOptimizer, *args: Any, **kwargs: Any) -> Any:
+            if (
+                self._optimizer_step_pre_hooks
+                or self._optimizer_step_post_hooks
+                or _global_optimizer_pre_hooks
+                or _global_optimizer_post_hooks
+                or torch.autograd._profiler_enabled()  # type: ignore[attr-defined]
+            ):
+                return torchs(self, *args, **kwargs)
+            result = func(self, *args, **kwargs)
+            self._optimizer_step_code()
+            return result
+
+        return step
+
     def _param_lists(self) -> list[list[Tensor]]:
         return [group["params"] for group in self.param_groups]
 
     def _register_and_step(self, hyperparameters: list[_C.Hyperparameters]) -> None:
         """Steps over a new registration, which is kept for the steps that follow."""
-        new: list[Tensor] = []
+        new: list[tuple[Tensor, bool]] = []  # and whether it had an empty state
         try:
             members: list[Member] = []
             for index, group in enumerate(self.param_groups):
                 names = self._state_names(group)
                 for i, param in enumerate(group["params"]):
                     if param.grad is not None and not self._state.get(param):
-                        new.append(param)
-                        self._state[param] = self._initial_state(param, names)
+                        new.append((param, param in self._state))
+                        self._state[param].update(self._initial_state(param, names))
                     label = _label(len(members), group, i)
                     state = self._state.get(param) or None
                     members.append(Member(param, state, names, index, label))
@@ -167,8 +227,10 @@ class FusedOptimizer(Optimizer):
             if not registered.step(hyperparameters):
                 raise RuntimeError("a tensor was given other memory while the step was under way")
         except Exception:
-            for param in new:
-                del self._state[param]
+            for param, had_state in new:
+                self._state[param].clear()
+                if not had_state:
+                    del self._state[param]
             raise
         registered.native.remember(self._param_lists(), self._state)
         self._registered = registered
@@ -198,6 +260,11 @@ class FusedOptimizer(Optimizer):
             replaced = pre_hook(self, state_dict)
             if replaced is not None:
                 state_dict = replaced
+        for key in ("param_groups", "state"):
+            if key not in state_dict:
+                raise ValueError(
+                    f"state_dict: found no {key!r}; accepted: an optimizer's state_dict()"
+                )
         groups = self._loaded_groups(state_dict["param_groups"])
         states = self._loaded_states(state_dict, groups)
         self.__setstate__({"state": states, "param_groups": groups})
@@ -213,6 +280,8 @@ class FusedOptimizer(Optimizer):
         loaded = []
         for index, (group, saved) in enumerate(zip(self.param_groups, saved_groups, strict=True)):
             where = f"state_dict: param group {index}"
+            if "params" not in saved:
+                raise ValueError(f"{where} has no 'params'; accepted: an optimizer's state_dict()")
             if len(saved["params"]) != len(group["params"]):
                 raise ValueError(
                     f"{where} has {len(saved['params'])} parameters, "
@@ -224,14 +293,14 @@ class FusedOptimizer(Optimizer):
                     f"{where} is of another algorithm than {type(self).__name__}: "
                     f"it has no {', '.join(missing)}"
                 )
-            new = {**deepcopy({k: v for k, v in saved.items() if k != "params"})}
+            new = deepcopy({key: value for key, value in saved.items() if key != "params"})
             self._adopt_group(where, group, new)
             new["params"] = group["params"]
             if "param_names" in group:
                 new.setdefault("param_names", group["param_names"])
             try:
                 self._hyperparameters(new)
-            except (TypeError, ValueError) as error:
+            except (TypeError, ValueError, RuntimeError) as error:
                 raise type(error)(f"{where}: {error}") from None
             loaded.append(new)
         return loaded
@@ -264,29 +333,21 @@ class FusedOptimizer(Optimizer):
     def _loaded_state(
         self, where: str, param: Tensor, names: tuple[str, ...], saved: dict[str, Any]
     ) -> dict[str, Any]:
-        found, expected = set(saved), {"step", *names}
-        if found != expected:
+        found, needed = set(saved), {"step", *names}
+        if not needed <= found <= needed | self._known_states:
             raise ValueError(
                 f"{where} is of another algorithm than {type(self).__name__}: "
-                f"found states {sorted(found)}, accepted: {sorted(expected)}"
+                f"found states {sorted(found)}, accepted: {sorted(needed)}"
             )
-        step = saved["step"]
-        if isinstance(step, Tensor) and step.numel() != 1:
-            raise ValueError(f"{where} has a step of shape {tuple(step.shape)}, accepted: ()")
-        count = float(step)
-        if not count >= 0:
-            raise ValueError(f"{where} has a step of {count}, accepted: a number >= 0")
-        state: dict[str, Any] = {"step": torch.tensor(count, dtype=torch.float32)}
-        for name in names:
-            value = saved[name]
-            if not isinstance(value, Tensor) or value.shape != param.shape:
-                shape = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
-                raise ValueError(
-                    f"{where}: '{name}' has shape {shape}, accepted: {tuple(param.shape)}"
+        state: dict[str, Any] = {"step": _loaded_step(where, saved["step"])}
+        for name in saved:
+            if name != "step":
+                _check_loaded(f"{where}: '{name}'", saved[name], param)
+                state[name] = (
+                    saved[name]
+                    .detach()
+                    .to(device=param.device, dtype=self.state_dtype or param.dtype, copy=True)
                 )
-            state[name] = value.detach().to(
-                device=param.device, dtype=self.state_dtype or param.dtype, copy=True
-            )
         return state
 
     # --- Pickling and copying --------------------------------------------------------------------
@@ -297,8 +358,38 @@ class FusedOptimizer(Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._registered = None
+        self._known = {}
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether a value cannot change in place, as a tensor can."""
+    kind = type(value)
+    return kind in _PLAIN or (kind is tuple and all(type(item) in _PLAIN for item in value))
 
 
 def _label(index: int, group: dict[str, Any], place: int) -> str:
     names = group.get("param_names")
     return f"parameter {index}" + (f" ('{names[place]}')" if names else "")
+
+
+def _loaded_step(where: str, step: Any) -> Tensor:
+    try:
+        count = float(step)
+    except (RuntimeError, TypeError, ValueError):
+        found = f"a tensor of shape {tuple(step.shape)}" if isinstance(step, Tensor) else repr(step)
+        raise ValueError(f"{where} has a step of {found}, accepted: one number") from None
+    if not 0 <= count < math.inf:
+        raise ValueError(f"{where} has a step of {count}, accepted: a finite number >= 0")
+    return torch.tensor(count, dtype=torch.float32)
+
+
+def _check_loaded(where: str, value: Any, param: Tensor) -> None:
+    if not isinstance(value, Tensor):
+        raise ValueError(f"{where} is a {type(value).__name__}, accepted: a tensor")
+    if value.shape != param.shape:
+        raise ValueError(f"{where} has shape {tuple(value.shape)}, accepted: {tuple(param.shape)}")
+    if not value.is_floating_point() or value.layout != torch.strided or value.is_meta:
+        raise ValueError(
+            f"{where} has dtype {value.dtype} and layout {value.layout} on {value.device}, "
+            "accepted: a dense floating-point tensor with memory"
+        )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -32,10 +34,18 @@ def restride(tensor: Tensor, like: Tensor) -> Tensor:
     return copy.copy_(tensor)
 
 
-def _may_hold(param: Tensor) -> bool:
+_FULL_COLLECTION = 2
+_live: weakref.WeakSet[RegisteredList] = weakref.WeakSet()
+
+
+def _let_go(phase: str, info: dict[str, int]) -> None:
     # See [note: holding] in csrc/host/parameter_list.cpp.
-    hooks = (param._backward_hooks, getattr(param, "_post_accumulate_grad_hooks", None))
-    return not any(hooks) and not param.__dict__
+    if phase == "start" and info["generation"] == _FULL_COLLECTION:
+        for registered in list(_live):
+            registered.native.let_go()
+
+
+gc.callbacks.append(_let_go)
 
 
 @dataclass
@@ -57,7 +67,7 @@ class Member:
     label: str
 
 
-@dataclass
+@dataclass(eq=False)
 class RegisteredList:
     """Parameters and states registered with the extension, and the engine that steps them.
 
@@ -79,10 +89,10 @@ class RegisteredList:
             names=[member.names for member in self.members],
             groups=[member.group for member in self.members],
             labels=[member.label for member in self.members],
-            holdable=[_may_hold(member.param) for member in self.members],
             restride=restride,
             increment_version=torch.autograd.graph.increment_version,
         )
+        _live.add(self)
 
     def step(
         self,

@@ -140,6 +140,7 @@ OF_ANOTHER_TYPE: list[tuple[str, str, Any]] = [
     ("betas", "betas", (0.9, "0.99")),
     ("decay", "decay", None),
     ("decay", "decay", 1),
+    ("amsgrad", "amsgrad", "yes"),
 ]
 BAD = [(*case, ValueError) for case in OUT_OF_RANGE] + [
     (*case, (TypeError, ValueError)) for case in OF_ANOTHER_TYPE
@@ -431,23 +432,12 @@ def test_missing_state(optimizer: FusedAdamW) -> None:
 # --- Gradients -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("layout", "make"),
-    [
-        ("sparse_coo", Tensor.to_sparse),
-        ("sparse_csr", Tensor.to_sparse_csr),
-        ("_mkldnn", Tensor.to_mkldnn),
-    ],
-)
-@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta")
-def test_gradient_layout(
-    optimizer: FusedAdamW, layout: str, make: Callable[[Tensor], Tensor]
-) -> None:
+def test_sparse_gradient(optimizer: FusedAdamW) -> None:
     param = last_param(optimizer)
     param.grad = None
-    gradient = make(torch.ones(2, 2))
+    gradient = torch.ones(2, 2).to_sparse()
     param.grad = gradient
-    with refused(optimizer, (TypeError, RuntimeError), LAST, "gradient", layout, "accepted: "):
+    with refused(optimizer, RuntimeError, LAST, "gradient", "sparse_coo", "accepted: "):
         optimizer.step()
     assert param.grad is gradient
 
@@ -807,7 +797,7 @@ def test_functional_state_of_other_strides(name: str) -> None:
         ("exp_avgs", torch.ones(9), ValueError, ["exp_avg", r"\(9,\)"]),
         ("exp_avgs", torch.ones(3, 3).bfloat16(), TypeError, ["exp_avg_sq", "same"]),
         ("exp_avg_sqs", torch.ones(3, 3).long(), TypeError, ["exp_avg_sq", "int64"]),
-        ("exp_avg_sqs", torch.ones(3, 3, device="meta"), RuntimeError, ["exp_avg_sq", "meta"]),
+        ("exp_avg_sqs", torch.ones(3, 3, device="meta"), TypeError, ["exp_avg_sq", "meta"]),
         ("state_steps", torch.tensor(2), TypeError, ["step", "int64", "float32"]),
         ("state_steps", torch.tensor(NAN), ValueError, ["step", "nan"]),
         ("state_steps", 2.0, TypeError, ["step", "float"]),

@@ -87,29 +87,21 @@ def test_whole_state_of_a_parameter_is_replaced() -> None:
     twins.check()
 
 
+# A state tensor that is held over a step and then given other memory is documented not to be seen:
+# see "State" in FusedAdamW's docstring.
 @pytest.mark.parametrize("name", ["exp_avg", "exp_avg_sq", "step"])
-@pytest.mark.parametrize("held", [False, True], ids=["fetched", "held over steps"])
-def test_state_tensor_is_given_other_memory(held: bool, name: str) -> None:
+def test_state_tensor_is_given_other_memory(name: str) -> None:
     twins = Twins()
     value = twins.optimizer.state[twins.param][name]
-    if held:
-        twins.train(2)  # registers anew
-    else:
-        value = twins.optimizer.state[twins.param][name]
     value.data = torch.ones_like(value)
     twins.plain.state[twins.plain_param][name].fill_(1)
     twins.check()
     assert twins.optimizer.state[twins.param][name] is value
 
 
-@pytest.mark.parametrize("held", [False, True], ids=["fetched", "held over steps"])
-def test_state_tensor_is_given_other_strides_of_the_same_memory(held: bool) -> None:
+def test_state_tensor_is_given_other_strides_of_the_same_memory() -> None:
     twins = Twins()
     value = twins.optimizer.state[twins.param]["exp_avg"]
-    if held:
-        twins.train(2)
-    else:
-        value = twins.optimizer.state[twins.param]["exp_avg"]
     value.t_()
     plain = twins.plain.state[twins.plain_param]
     plain["exp_avg"] = plain["exp_avg"].t().contiguous()

@@ -44,18 +44,17 @@ PyObject* read(const GradientReader& reader, PyObject* param) {
 
 ParameterList::ParameterList(Registration registration) : registration_(std::move(registration)) {
   entries_.resize(registration_.params.size());
-  try {
-    for (std::size_t i = 0; i < entries_.size(); ++i) register_entry(i);
-    check_overlaps();
-  } catch (...) {
-    release();
-    throw;
-  }
+  for (std::size_t i = 0; i < entries_.size(); ++i) register_entry(i);
+  check_overlaps();
 }
 
-ParameterList::~ParameterList() { release(); }
+ParameterList::~ParameterList() { let_go(); }
 
-void ParameterList::release() {
+void ParameterList::hold() {
+  for (const Entry& entry : entries_) held_.push_back(managed(entry.param));
+}
+
+void ParameterList::let_go() {
   for (dlpack::ManagedTensor* tensor : held_) {
     if (tensor->deleter != nullptr) tensor->deleter(tensor);
   }
@@ -70,13 +69,10 @@ void ParameterList::register_entry(std::size_t i) {
 
   PyObject* param = item(registration_.params, i);
   dlpack::Tensor tensor;
-  if (!view(param, tensor)) {
-    const std::string error = fetch_python_error();
-    fail(PyExc_RuntimeError, entry, describe(param) + ", whose memory cannot be read: " + error);
-  }
+  if (!view(param, tensor)) refuse(PyExc_RuntimeError, entry, "is ", param);
   if (!to_dtype(tensor.dtype, entry.dtype)) {
     fail(PyExc_TypeError, entry,
-         "has dtype " + dtype_name(tensor.dtype) + "; accepted: float32, bfloat16, float16");
+         "has dtype " + dtype_name(param) + "; accepted: float32, bfloat16, float16");
   }
   entry.ndim = tensor.ndim;
   entry.dims = dims_.size();
@@ -93,8 +89,6 @@ void ParameterList::register_entry(std::size_t i) {
              shape_of(entry) +
              "; accepted: dense memory without gaps or overlap, in any order of dimensions");
   }
-  if (registration_.holdable[i].cast<bool>()) held_.push_back(managed(param));
-
   const py::object state = registration_.states[i];
   entry.has_state = !state.is_none();
   if (entry.has_state) register_state(entry, state, registration_.names[i]);
@@ -105,10 +99,8 @@ void ParameterList::register_state(Entry& entry, py::dict state, const py::tuple
   const auto read = [&](const std::string& name) {
     PyObject* value = PyDict_GetItemString(state.ptr(), name.c_str());
     if (value == nullptr) fail(PyExc_ValueError, entry, "has no '" + name + "' in its state");
-    if (!view(value, tensor)) {
-      const std::string error = fetch_python_error();
-      fail(PyExc_TypeError, entry, "has a state '" + name + "' that cannot be read: " + error);
-    }
+    if (!view(value, tensor))
+      refuse(PyExc_TypeError, entry, "has a state '" + name + "' that is ", value);
     return value;
   };
 
@@ -130,7 +122,7 @@ void ParameterList::register_state(Entry& entry, py::dict state, const py::tuple
     Dtype dtype;
     if (!to_dtype(tensor.dtype, dtype) || (k > 0 && dtype != entry.state_dtype)) {
       fail(PyExc_TypeError, entry,
-           "has a state '" + name + "' of dtype " + dtype_name(tensor.dtype) +
+           "has a state '" + name + "' of dtype " + dtype_name(value) +
                "; accepted: float32, bfloat16 or float16, the same for every state");
     }
     entry.state_dtype = dtype;
@@ -146,7 +138,7 @@ void ParameterList::register_state(Entry& entry, py::dict state, const py::tuple
   if (tensor.device.type != dlpack::kCpu || count_elements(tensor.ndim, tensor.shape) != 1 ||
       tensor.dtype.code != dlpack::kFloat || tensor.dtype.bits != 32) {
     fail(PyExc_TypeError, entry,
-         "has a state 'step' of dtype " + dtype_name(tensor.dtype) + " and shape " +
+         "has a state 'step' of dtype " + dtype_name(step) + " and shape " +
              shape_name(tensor.ndim, tensor.shape) + " on " + device_name(tensor.device) +
              "; accepted: one float32 on the CPU");
   }
@@ -216,6 +208,7 @@ bool ParameterList::matches(const py::list& param_lists, const py::dict& states)
 
 bool ParameterList::gather(const std::vector<const Hyperparameters*>& groups,
                            const std::optional<py::list>& grads) {
+  if (held_.empty()) hold();
   temporaries_ = py::list();
   updated_.clear();
   routes_.clear();
@@ -227,7 +220,7 @@ bool ParameterList::gather(const std::vector<const Hyperparameters*>& groups,
 
   const Route* route = nullptr;
   for (std::size_t i = 0; i < entries_.size(); ++i) {
-    const Entry& entry = entries_[i];
+    Entry& entry = entries_[i];
     const auto grad = grads ? py::reinterpret_borrow<py::object>(item(*grads, i))
                             : py::reinterpret_steal<py::object>(read(entry.gradient, entry.param));
     if (!grad) throw py::error_already_set();
@@ -240,7 +233,10 @@ bool ParameterList::gather(const std::vector<const Hyperparameters*>& groups,
     if (!entry.has_state) return false;
     tensor.slot[kParam] = entry.data;
     for (int k = 0; k < entry.states; ++k) tensor.slot[kFirstState + k] = entry.state[k];
-    check_alias(entry, tensor, grad_dtype);
+    if (tensor.slot[kGrad] != entry.checked_grad) {
+      check_gradient_memory(entry, tensor.slot[kGrad], grad_dtype);
+      entry.checked_grad = tensor.slot[kGrad];
+    }
 
     tensor.step = static_cast<std::int64_t>(*entry.step) + 1;
     // Neighbours nearly always go the same way.
@@ -282,11 +278,7 @@ const ParameterList::Route& ParameterList::route_of(const Entry& entry,
 
 void* ParameterList::read_gradient(const Entry& entry, PyObject* grad, Dtype& dtype) {
   dlpack::Tensor tensor;
-  if (!view(grad, tensor)) {
-    const std::string error = fetch_python_error();
-    fail(PyExc_RuntimeError, entry,
-         "has a gradient that " + describe(grad) + "; accepted: a dense tensor (" + error + ")");
-  }
+  if (!view(grad, tensor)) refuse(PyExc_RuntimeError, entry, "has a gradient that is ", grad);
   if (!(tensor.device == entry.device)) {
     fail(PyExc_RuntimeError, entry,
          "is on " + device_name(entry.device) + ", its gradient on " + device_name(tensor.device));
@@ -298,8 +290,7 @@ void* ParameterList::read_gradient(const Entry& entry, PyObject* grad, Dtype& dt
   }
   if (!to_dtype(tensor.dtype, dtype)) {
     fail(PyExc_TypeError, entry,
-         "has a gradient of dtype " + dtype_name(tensor.dtype) +
-             "; accepted: float32, bfloat16, float16");
+         "has a gradient of dtype " + dtype_name(grad) + "; accepted: float32, bfloat16, float16");
   }
   if (!same_strides(entry, tensor)) {
     const py::object copy = registration_.restride(py::handle(grad), py::handle(entry.param));
@@ -372,6 +363,15 @@ std::vector<Bucket*> ParameterList::buckets() const {
   return found;
 }
 
+int ParameterList::traverse(visitproc visit, void* arg) const {
+  for (const py::object& object :
+       {py::object(registration_.params), py::object(registration_.states), py::object(kept_),
+        py::object(temporaries_), registration_.restride, registration_.increment_version}) {
+    Py_VISIT(object.ptr());
+  }
+  return 0;
+}
+
 void ParameterList::commit() {
   py::list params;
   if (updated_.size() == entries_.size()) params = registration_.params;
@@ -383,57 +383,69 @@ void ParameterList::commit() {
   temporaries_ = py::list();
 }
 
-void ParameterList::check_alias(const Entry& entry, const TensorEntry& tensor,
-                                Dtype grad_dtype) const {
-  const auto overlap = [&](int slot, Dtype dtype) {
-    const auto* grad = static_cast<const char*>(tensor.slot[kGrad]);
-    const auto* other = static_cast<const char*>(tensor.slot[slot]);
-    return grad < other + entry.numel * element_size(dtype) &&
-           other < grad + entry.numel * element_size(grad_dtype);
-  };
-  bool aliased = overlap(kParam, entry.dtype);
-  for (int k = 0; k < entry.states; ++k) {
-    aliased = aliased || overlap(kFirstState + k, entry.state_dtype);
-  }
-  if (aliased) {
-    fail(PyExc_ValueError, entry, "shares memory with its gradient; accepted: memory of its own");
-  }
+bool ParameterList::Range::before(const Range& other) const {
+  return std::tie(entry->device.type, entry->device.index, begin) <
+         std::tie(other.entry->device.type, other.entry->device.index, other.begin);
 }
 
-void ParameterList::check_overlaps() const {
-  struct Range {
-    const char* begin;
-    const char* end;
-    const Entry* entry;
-  };
-  std::vector<Range> ranges;
+// Parameters and states: registered once, so sorted once.
+void ParameterList::check_overlaps() {
   for (const Entry& entry : entries_) {
     const auto add = [&](const void* memory, Dtype dtype) {
       const auto* begin = static_cast<const char*>(memory);
-      if (entry.numel) ranges.push_back({begin, begin + entry.numel * element_size(dtype), &entry});
+      if (entry.numel) {
+        ranges_.push_back({begin, begin + entry.numel * element_size(dtype), &entry});
+      }
     };
     add(entry.data, entry.dtype);
     for (int k = 0; k < entry.states; ++k) add(entry.state[k], entry.state_dtype);
   }
-  std::sort(ranges.begin(), ranges.end(), [](const Range& x, const Range& y) {
-    return std::tie(x.entry->device.type, x.entry->device.index, x.begin) <
-           std::tie(y.entry->device.type, y.entry->device.index, y.begin);
-  });
-  for (std::size_t i = 1; i < ranges.size(); ++i) {
-    const Range &previous = ranges[i - 1], &next = ranges[i];
+  std::sort(ranges_.begin(), ranges_.end(),
+            [](const Range& x, const Range& y) { return x.before(y); });
+  for (std::size_t i = 1; i < ranges_.size(); ++i) {
+    const Range &previous = ranges_[i - 1], &next = ranges_[i];
     if (!(previous.entry->device == next.entry->device) || next.begin >= previous.end) continue;
     fail(PyExc_ValueError, *next.entry,
-         "shares memory with " + std::string(py::str(py::handle(previous.entry->label))) +
+         "shares memory with " + label_of(*previous.entry) +
              " or its states; accepted: parameters and states with memory of their own");
   }
+}
+
+// A gradient is read while others are written, so it must not lie in what a step writes.
+void ParameterList::check_gradient_memory(const Entry& entry, const void* grad, Dtype dtype) const {
+  if (entry.numel == 0) return;
+  const auto* begin = static_cast<const char*>(grad);
+  const Range range{begin, begin + entry.numel * element_size(dtype), &entry};
+  // The ranges do not overlap: only the last that starts before the gradient ends can reach into
+  // it.
+  const auto after = std::lower_bound(ranges_.begin(), ranges_.end(), Range{range.end, {}, &entry},
+                                      [](const Range& x, const Range& y) { return x.before(y); });
+  if (after == ranges_.begin()) return;
+  const Range& last = *(after - 1);
+  if (!(last.entry->device == entry.device) || last.end <= range.begin) return;
+  fail(PyExc_ValueError, entry,
+       "has a gradient that shares memory with " + label_of(*last.entry) +
+           " or its states; accepted: a gradient with memory of its own");
+}
+
+std::string ParameterList::label_of(const Entry& entry) const {
+  return py::str(py::handle(entry.label));
 }
 
 std::string ParameterList::shape_of(const Entry& entry) const {
   return shape_name(entry.ndim, dims_.data() + entry.dims);
 }
 
+void ParameterList::refuse(PyObject* exception, const Entry& entry, const std::string& what,
+                           PyObject* object) const {
+  PyErr_Clear();
+  const bool is_tensor = py::hasattr(py::handle(object), "layout");
+  fail(is_tensor ? exception : PyExc_TypeError, entry,
+       what + describe(object) + "; accepted: a dense tensor with memory on cpu or cuda");
+}
+
 void ParameterList::fail(PyObject* exception, const Entry& entry, const std::string& what) const {
-  const std::string message = std::string(py::str(py::handle(entry.label))) + " " + what;
+  const std::string message = label_of(entry) + " " + what;
   PyErr_SetString(exception, message.c_str());
   throw py::error_already_set();
 }

@@ -27,7 +27,6 @@ struct Registration {
   py::list names;       // a tuple of the keys of its states, in the order of the rule's slots
   py::list groups;      // index of its param group
   py::list labels;      // how messages call it: "parameter 3 ('head.weight')"
-  py::list holdable;    // whether a reference may be held: see [note: holding]
   py::object restride;  // (tensor, like) -> a copy of tensor with the strides of like
   py::object increment_version;  // (list of tensors) -> None
 };
@@ -57,6 +56,11 @@ class ParameterList {
   bool gather(const std::vector<const Hyperparameters*>& groups,
               const std::optional<py::list>& grads);
 
+  // For Python's cycle collector: visits what is referenced; ends the references held in C++, which
+  // the next step takes again. See [note: holding].
+  int traverse(visitproc visit, void* arg) const;
+  void let_go();
+
   // What gather() found, to be run by the engines.
   std::vector<Bucket*> buckets() const;
 
@@ -80,8 +84,17 @@ class ParameterList {
     void* data;
     void* state[kMaxStates];
     float* step;
+    const void* checked_grad;  // the gradient's memory when it was last found to be its own
   };
 
+  // Memory that a step writes.
+  struct Range {
+    const char* begin;
+    const char* end;
+    const Entry* entry;
+
+    bool before(const Range& other) const;
+  };
   // Where tensors of one group, dtypes and step go.
   struct Route {
     Bucket* bucket;
@@ -99,7 +112,7 @@ class ParameterList {
   void register_entry(std::size_t i);
   void register_state(Entry& entry, py::dict state, const py::tuple& names);
   void keep(PyObject* state);
-  void release();
+  void hold();
   bool same_shape(const Entry& entry, const dlpack::Tensor& tensor) const;
   bool same_strides(const Entry& entry, const dlpack::Tensor& tensor) const;
   bool unchanged(const Entry& entry) const;
@@ -107,9 +120,12 @@ class ParameterList {
   const Route& route_of(const Entry& entry, const Hyperparameters& group, Dtype grad_dtype,
                         std::int64_t step);
   Bucket& bucket_for(const Entry& entry, const RuleVariant& rule, const Format& format);
-  void check_alias(const Entry& entry, const TensorEntry& tensor, Dtype grad_dtype) const;
-  void check_overlaps() const;
+  void check_gradient_memory(const Entry& entry, const void* grad, Dtype dtype) const;
+  void check_overlaps();
+  std::string label_of(const Entry& entry) const;
   std::string shape_of(const Entry& entry) const;
+  [[noreturn]] void refuse(PyObject* exception, const Entry& entry, const std::string& what,
+                           PyObject* object) const;
   [[noreturn]] void fail(PyObject* exception, const Entry& entry, const std::string& what) const;
 
   Registration registration_;
@@ -118,6 +134,7 @@ class ParameterList {
   std::vector<std::uintptr_t> snapshot_;
   std::vector<dlpack::ManagedTensor*> held_;
   py::list kept_;
+  std::vector<Range> ranges_;  // sorted
 
   // Of the current step.
   std::vector<std::unique_ptr<Bucket>> buckets_;

@@ -25,24 +25,9 @@ void use_exchange_api(const py::capsule& capsule) {
   exchange_api = api;
 }
 
-std::string dtype_name(dlpack::DataType dtype) {
-  const std::string bits = std::to_string(dtype.bits);
-  switch (dtype.code) {
-    case dlpack::kInt:
-      return "int" + bits;
-    case dlpack::kUInt:
-      return "uint" + bits;
-    case dlpack::kFloat:
-      return "float" + bits;
-    case dlpack::kBfloat:
-      return "bfloat" + bits;
-    case dlpack::kComplex:
-      return "complex" + bits;
-    case dlpack::kBool:
-      return "bool";
-    default:
-      return "DLPack type " + std::to_string(dtype.code) + " of " + bits + " bits";
-  }
+std::string dtype_name(PyObject* tensor) {
+  const std::string name = py::str(py::handle(tensor).attr("dtype"));
+  return name.substr(name.find('.') + 1);
 }
 
 bool to_dtype(dlpack::DataType dtype, Dtype& out) {
@@ -92,15 +77,13 @@ bool view(PyObject* object, dlpack::Tensor& out) {
   return exchange_api->tensor_from_object(object, &out) == 0;
 }
 
-std::string fetch_python_error() {
-  const py::error_already_set error;
-  return py::str(error.value());
-}
-
 std::string describe(PyObject* object) {
-  if (!py::hasattr(object, "layout")) return "is a " + std::string(Py_TYPE(object)->tp_name);
-  return "is a " + std::string(Py_TYPE(object)->tp_name) + " of layout " +
-         std::string(py::str(py::getattr(object, "layout")));
+  const py::handle handle(object);
+  const std::string type = "a " + std::string(Py_TYPE(object)->tp_name);
+  if (!py::hasattr(handle, "layout")) return type;
+  return type + " of dtype " + dtype_name(object) + " and layout " +
+         std::string(py::str(handle.attr("layout"))) + " on " +
+         std::string(py::str(handle.attr("device")));
 }
 
 std::string format_name(const Format& format) {

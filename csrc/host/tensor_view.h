@@ -30,9 +30,6 @@ dlpack::ManagedTensor* managed(PyObject* object);
 // The stream on which torch currently works on a device; null on a CPU.
 void* current_stream(dlpack::Device device);
 
-// Ends Python's current exception and returns its text.
-std::string fetch_python_error();
-
 inline void* address(const dlpack::Tensor& tensor) {
   return static_cast<char*>(tensor.data) + tensor.byte_offset;
 }
@@ -43,12 +40,12 @@ bool is_dense(int ndim, const std::int64_t* shape, const std::int64_t* strides);
 bool to_dtype(dlpack::DataType dtype, Dtype& out);
 std::int64_t element_size(Dtype dtype);
 
-std::string dtype_name(dlpack::DataType dtype);
+std::string dtype_name(PyObject* tensor);
 std::string device_name(dlpack::Device device);
 std::string shape_name(int ndim, const std::int64_t* shape);
 std::string format_name(const Format& format);
 std::string supported_formats();
-// "is a Tensor of layout torch.sparse_coo", for what cannot be viewed.
+// "a Tensor of dtype float32 and layout torch.sparse_coo on cpu", for what cannot be viewed.
 std::string describe(PyObject* object);
 
 }  // namespace fused_adamw::host
