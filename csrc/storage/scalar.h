@@ -52,15 +52,16 @@ FUSED_ADAMW_HD float from_float<float>(float x) {
   return x;
 }
 
-// The upper half is the bfloat16 nearest to x; the lower half is to be dropped.
+// The upper half is the bfloat16 nearest to x, unless x is a NaN: one whose lower half is not zero
+// may be carried into infinity or zero.
 FUSED_ADAMW_HD std::uint32_t rounded_to_bfloat16(float x) {
   const std::uint32_t u = bits_of(x);
-  return x != x ? 0x7fc00000u : u + 0x7fffu + ((u >> 16) & 1u);
+  return u + 0x7fffu + ((u >> 16) & 1u);
 }
 
 template <>
 FUSED_ADAMW_HD bfloat16 from_float<bfloat16>(float x) {
-  return {static_cast<std::uint16_t>(rounded_to_bfloat16(x) >> 16)};
+  return {static_cast<std::uint16_t>(x != x ? 0x7fc0u : rounded_to_bfloat16(x) >> 16)};
 }
 
 template <>
@@ -95,6 +96,9 @@ FUSED_ADAMW_HD std::uint32_t pair_of(float first, float second) {
   return from_float<T>(first).bits | static_cast<std::uint32_t>(from_float<T>(second).bits) << 16;
 }
 
+// For what comes of bfloat16 numbers alone. Their NaNs have a lower half of zeros, as has the NaN
+// that an operation makes, and operations pass a NaN's payload on: so a NaN stays one, and the test
+// for it, a fifth of the time of an update, is spared.
 template <>
 FUSED_ADAMW_HD std::uint32_t pair_of<bfloat16>(float first, float second) {
   return rounded_to_bfloat16(first) >> 16 | (rounded_to_bfloat16(second) & 0xffff0000u);
