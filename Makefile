@@ -7,12 +7,14 @@ CPP_FILES = $(shell find $(wildcard csrc tests bench) -name '*.cpp' -o -name '*.
 
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help demo test microbench lint format clean FORCE
+.PHONY: help demo test microbench bench gpu-suite lint format clean FORCE
 
 help:
 	@echo "make demo        train a small GPT next to torch.optim.AdamW (ARGS=... for train_gpt.py)"
 	@echo "make test        run every test (ARGS=... for pytest)"
 	@echo "make microbench  time the steps in bench/ (ARGS=... for pytest)"
+	@echo "make bench       our engines and torch's side by side, interleaved (ARGS=... for bench)"
+	@echo "make gpu-suite   everything that needs a GPU, into OUT=build/gpu-suite"
 	@echo "make lint        ruff, mypy, clang-format"
 	@echo "make format      let ruff and clang-format rewrite the files"
 	@echo "make clean       remove .venv and everything built"
@@ -25,6 +27,12 @@ test: $(VENV)/built $(VENV)/dev
 
 microbench: $(VENV)/built $(VENV)/dev
 	$(BIN)/python -m pytest bench --benchmark-only $(ARGS)
+
+bench: $(VENV)/built $(VENV)/dev
+	$(BIN)/python -m bench $(ARGS)
+
+gpu-suite:
+	bench/gpu_suite.sh $(or $(OUT),build/gpu-suite)
 
 lint: $(VENV)/dev
 	$(BIN)/ruff check

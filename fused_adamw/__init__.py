@@ -7,4 +7,6 @@ from fused_adamw.adamw import FusedAdamW
 from fused_adamw.engines import available_engines, engine_status
 
 __version__: str = _C.VERSION
-__all__ = ["FusedAdamW", "available_engines", "engine_status", "functional"]
+# The dtypes (parameter, gradient, states) that may stand together.
+FORMATS: tuple[tuple[str, str, str], ...] = _C.FORMATS
+__all__ = ["FORMATS", "FusedAdamW", "available_engines", "engine_status", "functional"]

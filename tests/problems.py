@@ -157,11 +157,11 @@ def special_values(dtype: str) -> Array:
         [
             *(0, 1, 3, smallest_normal // 2, smallest_normal - 1, smallest_normal),
             *(one // 4, one // 2, one - 1, one, one + 1, one + one // 2),
-            *(infinity - 2, infinity - 1, infinity, infinity + 1, 2 * infinity - 1),
+            *(infinity - 2, infinity - 1, infinity, infinity + 1, np.iinfo(bits).max // 2),
         ],
         bits,
     )
-    sign = bits(1 << (8 * positive.itemsize - 1))
+    sign = np.array(np.iinfo(bits).max // 2 + 1, bits)
     return np.concatenate([positive, positive | sign]).view(reference.STORAGE_DTYPES[dtype])
 
 
@@ -346,8 +346,8 @@ def same_bits(x: torch.Tensor, y: torch.Tensor) -> bool:
     if x.shape != y.shape or x.dtype != y.dtype:
         return False
     dtype = str(x.dtype).removeprefix("torch.")
-    bits = [tensor.detach().reshape(-1).view(_BITS[dtype]) for tensor in (x, y)]
-    return not len(differing(*bits, dtype))
+    a, b = (tensor.detach().reshape(-1).view(_BITS[dtype]) for tensor in (x, y))
+    return not len(differing(a, b, dtype))
 
 
 def differences(expected: State, found: State) -> list[str]:

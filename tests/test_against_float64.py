@@ -34,7 +34,7 @@ from problems import (
 import fused_adamw
 from fused_adamw import reference
 
-Array = NDArray[np.float64]
+Array = NDArray[Any]
 ENGINES = HOST_ENGINES | TRITON_ENGINES
 STEPS = 10
 TORCH_STEPS = 5
@@ -111,7 +111,15 @@ MISTAKES: dict[str, dict[str, Any]] = {
 
 
 def step_with_mistake(
-    mistake: str | None, p: Array, g: Array, m: Array, v: Array, x: Array, t: int, h: dict[str, Any]
+    mistake: str | None,
+    p: Array,
+    g: Array,
+    m: Array,
+    v: Array,
+    x: Array,
+    *,
+    t: int,
+    h: dict[str, Any],
 ) -> Array:
     """The parameter after one step of AdamW in float64, as in textbooks, but for a mistake."""
     lr, eps, wd, eta = h["lr"], h["eps"], h["weight_decay"], h["schedule_multiplier"]
@@ -167,7 +175,7 @@ def step_with_mistake(
     return (1 - lost) * (p - moved) if after else (1 - lost) * p - moved
 
 
-def ratios(mistake: str | None, options: dict[str, Any]) -> NDArray[np.float64]:
+def ratios(mistake: str | None, options: dict[str, Any]) -> Array:
     """Distances from the truth in units of the bound, element by element."""
     group = {**ADAM.loud, "decay": "lr", "amsgrad": False, "maximize": False, **options}
     problem = Problem(ADAM, [group], [Parameter(500, step=4)])
@@ -177,7 +185,7 @@ def ratios(mistake: str | None, options: dict[str, Any]) -> NDArray[np.float64]:
         start.read(0, name).astype(np.float64) if name in problem.slots[0] else np.zeros(500)
         for name in names
     ]
-    found = step_with_mistake(mistake, *arrays, 5, group)
+    found = step_with_mistake(mistake, *arrays, t=5, h=group)
     bounded = bounds_after_each_step(problem, 0, 1)[0][0]
     return np.asarray(np.abs(found - bounded.value) / bounded.error)
 

@@ -275,7 +275,7 @@ def problems(draw: st.DrawFn) -> tuple[Problem, list[list[Group]]]:
     rule = draw(st.sampled_from(RULES))
     variants = draw(st.lists(st.sampled_from(rule.variants()), min_size=1, max_size=3))
     numbers = st.tuples(*[rule.numbers] * len(variants))
-    steps = [
+    steps: list[list[Group]] = [
         [{**variant, **values} for variant, values in zip(variants, drawn, strict=True)]
         for drawn in draw(st.lists(numbers, min_size=1, max_size=3))
     ]

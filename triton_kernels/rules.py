@@ -41,11 +41,11 @@ def adam(param, grad, states, coefficients, OPTIONS: tl.constexpr):
     v = b2 * states[1] + (c2 * g) * g  # line 8
 
     w = v
+    updated = (m, v)
     if AMSGRAD:
         w = tl.where((v > states[2]) | (v != v), v, states[2])  # a NaN stays visible
+        updated = (m, v, w)
 
     # Lines 9, 10 and 12, with the bias corrections and eta * lr folded into a and r.
     p = d * param - tl.div_rn(a * m, tl.sqrt_rn(w) * r + eps)
-    if AMSGRAD:
-        return p, (m, v, w)
-    return p, (m, v)
+    return p, updated

@@ -24,7 +24,7 @@ def unavailable_reason() -> str | None:
 
 def interpreted() -> bool:
     """Whether Triton interprets kernels on the CPU (TRITON_INTERPRET=1) instead of compiling."""
-    from fused_adamw import triton_kernels  # not above: triton is optional, and slow to import
+    import fused_adamw.triton_kernels as triton_kernels  # triton is optional, and slow
 
     return bool(triton_kernels.INTERPRETED.value)
 
@@ -36,7 +36,7 @@ def run(bucket: _C.Bucket, device: torch.device) -> None:
         bucket: tensors of one rule variant and one dtype combination.
         device: where the tensors are.
     """
-    from fused_adamw import triton_kernels
+    import fused_adamw.triton_kernels as triton_kernels
 
     with np.errstate(all="ignore"):  # the interpreter is NumPy, which would warn of infinities
         triton_kernels.launch(
