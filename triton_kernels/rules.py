@@ -44,7 +44,7 @@ def adam(param, grad, states, coefficients, OPTIONS: tl.constexpr):
     updated = (m, v)
     if AMSGRAD:
         w = tl.where((v > states[2]) | (v != v), v, states[2])  # a NaN stays visible
-        updated = (m, v, w)
+        updated = (m, v, w)  # type: ignore[assignment]
 
     # Lines 9, 10 and 12, with the bias corrections and eta * lr folded into a and r.
     p = d * param - tl.div_rn(a * m, tl.sqrt_rn(w) * r + eps)
