@@ -206,7 +206,7 @@ def argument_parser() -> argparse.ArgumentParser:
         metavar="FILE",
         help="file to learn from, if not Python's reference topics",
     )
-    option("--steps", type=int, default=600, help="optimizer steps of each model")
+    option("--steps", type=int, default=400, help="optimizer steps of each model")
     option("--batch-size", type=int, default=8, help="windows of text in a step")
     option("--context", type=int, default=128, help="bytes in a window of text")
     option("--layers", type=int, default=4, help="transformer blocks")
