@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -21,7 +21,6 @@ from numpy.typing import NDArray
 
 from fused_adamw import _C, reference
 from fused_adamw.engines import Run, engine_for
-from fused_adamw.engines.reference import run as run_reference
 from fused_adamw.engines.triton import interpreted, unavailable_reason
 from fused_adamw.registration import Member, RegisteredList
 
@@ -50,8 +49,9 @@ class Rule:
         loud: hyperparameters so large that an operation in the wrong place shows.
         changes: what a run changes of them, one after the other, between steps.
         numbers: draws hyperparameters from all that is accepted.
-        bounded: one step with error bounds: of param, grad and states, with the keywords step,
-            param_dtype, state_dtype and those of a group, the new param and states.
+        update: one step in float32 by the reference: of param, grad and states, with the keywords
+            step and those of a group, the new param and states.
+        bounded: the same with error bounds, and the keywords param_dtype and state_dtype too.
     """
 
     name: str
@@ -63,6 +63,7 @@ class Rule:
     loud: Group
     changes: Sequence[Group]
     numbers: st.SearchStrategy[dict[str, Any]]
+    update: Callable[..., Sequence[Array]]
     bounded: Callable[..., Sequence[Bounded]]
 
     def variants(self) -> list[dict[str, Any]]:
@@ -88,9 +89,14 @@ def _any_size(most: float) -> st.SearchStrategy[float]:
     return st.floats(0, most) | st.floats(0, allow_infinity=False)
 
 
+def _update_adam(*arrays: Any, amsgrad: bool, **hyperparameters: Any) -> list[Array]:
+    found = reference.adamw(*arrays, **hyperparameters)
+    return [array for array in found if array is not None]  # there is a maximum if one was given
+
+
 def _bounded_adam(*arrays: Any, amsgrad: bool, **hyperparameters: Any) -> list[Bounded]:
     found = bounded_adamw(*arrays, **hyperparameters)
-    return [array for array in found if array is not None]  # there is a maximum if one was given
+    return [array for array in found if array is not None]
 
 
 ADAM = Rule(
@@ -124,6 +130,7 @@ ADAM = Rule(
             "schedule_multiplier": _any_size(1),
         }
     ),
+    update=_update_adam,
     bounded=_bounded_adam,
 )
 
@@ -281,15 +288,6 @@ class State:
         self.memory = {dtype: bits.to(device, copy=True) for dtype, bits in problem.memory.items()}
         self.steps = [torch.tensor(float(parameter.step)) for parameter in problem.parameters]
         self.taken = 0
-        members = []
-        for i, (parameter, slots) in enumerate(zip(problem.parameters, problem.slots, strict=True)):
-            names = problem.rule.states(problem.groups[parameter.group])
-            state: dict[str, Any] = {name: self._tensor(slots[name]) for name in names}
-            state["step"] = self.steps[i]
-            members.append(
-                Member(self._tensor(slots["param"]), state, names, parameter.group, f"{i}")
-            )
-        self.registered = RegisteredList(members, "auto")
         self._grads = [
             [
                 self._tensor(slots[f"grad {k}"]) if parameter.has_grad else None
@@ -297,6 +295,20 @@ class State:
             ]
             for k in range(problem.gradients)
         ]
+
+    @cached_property
+    def registered(self) -> RegisteredList:
+        """The list as the library keeps it."""
+        members = []
+        for i, (parameter, slots) in enumerate(
+            zip(self.problem.parameters, self.problem.slots, strict=True)
+        ):
+            names = self.problem.rule.states(self.problem.groups[parameter.group])
+            state: dict[str, Any] = {name: self._tensor(slots[name]) for name in names}
+            state["step"] = self.steps[i]
+            param = self._tensor(slots["param"])
+            members.append(Member(param, state, names, parameter.group, f"parameter {i}"))
+        return RegisteredList(members, "auto")
 
     def _tensor(self, slot: Slot) -> torch.Tensor:
         bits = self.memory[slot.dtype][slot.begin : slot.begin + slot.numel]
@@ -318,6 +330,26 @@ class State:
         for bucket in self.registered.native.buckets():
             run(bucket, hyperparameters)
         self.registered.native.commit()
+        self.taken += 1
+
+    def step_by_reference(self, groups: Sequence[Group] | None = None) -> None:
+        """One step by the float32 reference, with nothing of the library's between; host only."""
+        rule = self.problem.rule
+        groups = self.problem.groups if groups is None else groups
+        for i, (parameter, slots) in enumerate(
+            zip(self.problem.parameters, self.problem.slots, strict=True)
+        ):
+            if not parameter.has_grad:
+                continue
+            group = groups[parameter.group]
+            written = ("param", *rule.states(group))
+            param, *states = (self.read(i, name) for name in written)
+            grad = self.read(i, f"grad {self.taken % self.problem.gradients}")
+            step = int(self.steps[i]) + 1
+            updated = rule.update(param, grad, *states, step=step, **group)
+            for name, values in zip(written, updated, strict=True):
+                array(self.memory, slots[name])[...] = reference.store(values, slots[name].dtype)
+            self.steps[i].fill_(step)
         self.taken += 1
 
     def read(self, index: int, name: str) -> NDArray[np.float32]:
@@ -397,6 +429,9 @@ CPU_ENGINES: dict[str, Run] = {
 }
 HOST_ENGINES: dict[str, Run] = {**CPU_ENGINES, "cuda-on-host": by_name("cuda-on-host")}
 
+# The reference as users choose it: through the library, unlike `State.step_by_reference`.
+REFERENCE_ENGINE: dict[str, Run] = {"reference": by_name("reference")}
+
 # Empty where Triton is missing, or compiles for a GPU and cannot work on host memory.
 TRITON_ENGINES: dict[str, Run] = (
     {"triton": by_name("triton")} if unavailable_reason() is None and interpreted() else {}
@@ -423,7 +458,7 @@ def assert_same_bits(
     states = {name: State(problem) for name in engines}
     for step in range(1, max(after) + 1):
         groups = None if schedule is None else schedule(step)
-        expected.step(run_reference, groups)
+        expected.step_by_reference(groups)
         for name, state in states.items():
             state.step(engines[name], groups)
             if step in after and (lines := differences(expected, state)):

@@ -21,6 +21,7 @@ from problems import (
     ADAM,
     FORMATS,
     HOST_ENGINES,
+    REFERENCE_ENGINE,
     RULES,
     TRITON_ENGINES,
     Format,
@@ -35,7 +36,7 @@ import fused_adamw
 from fused_adamw import reference
 
 Array = NDArray[Any]
-ENGINES = HOST_ENGINES | TRITON_ENGINES
+ENGINES = HOST_ENGINES | REFERENCE_ENGINE | TRITON_ENGINES
 STEPS = 10
 TORCH_STEPS = 5
 

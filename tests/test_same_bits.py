@@ -25,6 +25,7 @@ from problems import (
     F32,
     FORMATS,
     HOST_ENGINES,
+    REFERENCE_ENGINE,
     RULES,
     SIMD_LEVELS,
     TRITON_ENGINES,
@@ -45,7 +46,6 @@ from problems import (
 
 import fused_adamw
 from fused_adamw import _C, functional, reference
-from fused_adamw.engines.reference import run as run_reference
 
 CHUNK = _C.CUDA_CHUNK
 RANGE = 65536  # most elements in a range of the CPU engine, which is also a multiple of CHUNK
@@ -58,6 +58,8 @@ RAGGED = (
     *(edge + i for edge in (TRITON_TILE, 8192, CHUNK, RANGE) for i in (-1, 0, 1)),
     0,
 )
+
+ALL_ENGINES = HOST_ENGINES | REFERENCE_ENGINE | TRITON_ENGINES
 
 all_rules = pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.name)
 all_formats = pytest.mark.parametrize("dtypes", FORMATS, ids="-".join)
@@ -165,6 +167,16 @@ def test_many_small_tensors(rule: Rule) -> None:
 
 
 @all_rules
+def test_neighbours_that_differ_in_one_thing(rule: Rule) -> None:
+    """In their gradient's dtype, say, or only in their group or step count."""
+    groups = [rule.groups()[0], {**rule.groups()[0], "lr": 0.03}]
+    parameters = [Parameter(9, dtypes, g, t) for g in (0, 1) for t in (0, 1) for dtypes in FORMATS]
+    parameters += [Parameter(9, FORMATS[0], g, t) for g in (0, 1) for t in (2, 3, 2)]
+    parameters += [Parameter(9, FORMATS[0], g, t) for t in (2, 3, 2) for g in (0, 1)]
+    assert_same_bits(Problem(rule, groups, parameters), ALL_ENGINES, after=(1, 2))
+
+
+@all_rules
 def test_a_list_of_everything(rule: Rule) -> None:
     """All formats, groups, different step counts, and parameters without a gradient."""
     groups = rule.groups()
@@ -180,10 +192,11 @@ def test_a_list_of_everything(rule: Rule) -> None:
         for i in range(300)
     ]
     problem = Problem(rule, groups, parameters, gradients=2)
-    assert_same_bits(problem, after=(1, 2, 3), schedule=changing(rule, groups))
+    engines = HOST_ENGINES | REFERENCE_ENGINE
+    assert_same_bits(problem, engines, after=(1, 2, 3), schedule=changing(rule, groups))
 
     state = State(problem)
-    state.step(run_reference)
+    state.step_by_reference()
     for i, parameter in enumerate(parameters):
         if not parameter.has_grad:
             assert state.steps[i] == parameter.step
@@ -195,7 +208,7 @@ def test_a_list_of_everything(rule: Rule) -> None:
 def test_a_list_without_elements() -> None:
     for sizes in ((), (0,), (0, 0, 0)):
         problem = Problem(ADAM, ADAM.groups(), [Parameter(numel) for numel in sizes])
-        assert_same_bits(problem, HOST_ENGINES | TRITON_ENGINES)
+        assert_same_bits(problem, ALL_ENGINES)
 
 
 # --- Values --------------------------------------------------------------------------------------
@@ -305,7 +318,8 @@ def problems(draw: st.DrawFn) -> tuple[Problem, list[list[Group]]]:
 def test_drawn_cases(drawn: tuple[Problem, list[list[Group]]]) -> None:
     problem, steps = drawn
     after = range(1, len(steps) + 1)
-    assert_same_bits(problem, after=after, schedule=lambda step: steps[step - 1])
+    engines = HOST_ENGINES | REFERENCE_ENGINE
+    assert_same_bits(problem, engines, after=after, schedule=lambda step: steps[step - 1])
 
 
 # --- The public functions ------------------------------------------------------------------------
