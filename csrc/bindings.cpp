@@ -98,7 +98,7 @@ PYBIND11_MODULE(_C, m) {
   m.attr("VERSION") = FUSED_ADAMW_VERSION;
   m.attr("COMPILER") = __VERSION__;
   m.attr("ADAM_COEFFICIENT_NAMES") =
-      py::make_tuple("grad_sign", "l2", "b1", "c1", "b2", "c2", "r", "eps", "d", "a");
+      py::make_tuple("l2", "b1", "c1", "b2", "c2", "eps", "d", "a");
   m.attr("DECAYS") = py::make_tuple("lr", "decoupled", "l2", "proximal");
   py::list formats;
   for_each_format(Formats{}, [&](const Format& f) {

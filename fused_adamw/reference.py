@@ -70,16 +70,16 @@ def store(values: NDArray[np.float32], dtype: str) -> Array:
 class AdamCoefficients:
     """The scalars of one step of the Adam family, each rounded once to the computing dtype.
 
-    ``param <- d * param - (a * exp_avg) / (sqrt(exp_avg_sq) * r + eps)``
+    ``param <- d * param - (a * exp_avg) / (sqrt(exp_avg_sq) + eps)``
+
+    To maximize, ``l2`` and ``c1`` are negative, which is exactly a gradient of the other sign.
     """
 
-    grad_sign: np.floating[Any]
     l2: np.floating[Any]
     b1: np.floating[Any]
     c1: np.floating[Any]
     b2: np.floating[Any]
     c2: np.floating[Any]
-    r: np.floating[Any]
     eps: np.floating[Any]
     d: np.floating[Any]
     a: np.floating[Any]
@@ -120,7 +120,9 @@ def adam_coefficients(
 ) -> AdamCoefficients:
     """Computes the coefficients in binary64 and rounds each once; see `adamw` for the arguments."""
     alpha = schedule_multiplier * lr
-    a = alpha / (1.0 - power(beta1, step))
+    root_bias2 = math.sqrt(1.0 - power(beta2, step))
+    a = alpha * root_bias2 / (1.0 - power(beta1, step))
+    sign = -1.0 if maximize else 1.0
     l2 = 0.0
     if decay == "lr":
         d = 1.0 - alpha * weight_decay
@@ -136,14 +138,12 @@ def adam_coefficients(
         raise ValueError(f'decay is {decay!r}; accepted: "lr", "decoupled", "l2", "proximal"')
     with np.errstate(all="ignore"):
         return AdamCoefficients(
-            grad_sign=dtype(-1.0 if maximize else 1.0),
-            l2=dtype(l2),
+            l2=dtype(sign * l2),
             b1=dtype(beta1),
-            c1=dtype(1.0 - beta1),
+            c1=dtype(sign * (1.0 - beta1)),
             b2=dtype(beta2),
             c2=dtype(1.0 - beta2),
-            r=dtype(1.0 / math.sqrt(1.0 - power(beta2, step))),
-            eps=dtype(eps),
+            eps=dtype(eps * root_bias2),
             d=dtype(d),
             a=dtype(a),
         )
@@ -169,7 +169,7 @@ def adamw(
 ) -> AdamArrays:
     """One step of Algorithm 2 of Loshchilov & Hutter, arXiv 1711.05101, rearranged.
 
-    The bias corrections of lines 9 and 10 go into the coefficients ``a`` and ``r``, which leaves
+    The bias corrections of lines 9 and 10 go into the coefficients ``a`` and ``eps``, which leaves
     one division and one square root an element. `algorithm_2` is the literal form.
 
     Args:
@@ -208,7 +208,6 @@ def adamw(
     with np.errstate(all="ignore"):
         arrays: list[Array] = [np.asarray(x, dtype) for x in (param, grad, exp_avg, exp_avg_sq)]
         p, g, m, v = arrays
-        g = k.grad_sign * g
         if decay == "l2" and weight_decay != 0.0:
             g = g + k.l2 * p  # line 6
         m = k.b1 * m + k.c1 * g  # line 7
@@ -218,7 +217,7 @@ def adamw(
             x = np.asarray(max_exp_avg_sq, dtype)
             x = np.where((v > x) | np.isnan(v), v, x)
         w = v if x is None else x
-        p = k.d * p - (k.a * m) / (np.sqrt(w) * k.r + k.eps)  # lines 9 to 12
+        p = k.d * p - (k.a * m) / (np.sqrt(w) + k.eps)  # lines 9 to 12
     return AdamArrays(np.asarray(p), np.asarray(m), np.asarray(v), x)
 
 

@@ -180,19 +180,17 @@ def bounded_adamw(
         **hyperparameters: those of `reference.adamw` (all but ``dtype``).
     """
     k = reference.adam_coefficients(**hyperparameters, dtype=np.float64)
-    b1, c1, b2, c2, r, eps, d, a = map(
-        Bounded.coefficient, (k.b1, k.c1, k.b2, k.c2, k.r, k.eps, k.d, k.a)
+    b1, c1, b2, c2, eps, d, a = map(
+        Bounded.coefficient, (k.b1, k.c1, k.b2, k.c2, k.eps, k.d, k.a)
     )
     p, g, m, v = map(_bounded, (param, grad, exp_avg, exp_avg_sq))
-    if hyperparameters.get("maximize", False):
-        g = -g
     if hyperparameters.get("decay") == "l2" and hyperparameters["weight_decay"] != 0:
         g = g + Bounded.coefficient(k.l2) * p
     m = b1 * m + c1 * g
     v = b2 * v + (c2 * g) * g
     x = None if max_exp_avg_sq is None else _bounded(max_exp_avg_sq).maximum(v)
     w = v if x is None else x
-    p = d * p - (a * m) / (w.sqrt() * r + eps)
+    p = d * p - (a * m) / (w.sqrt() + eps)
     return BoundedAdamArrays(
         p.stored(param_dtype),
         m.stored(state_dtype),

@@ -218,14 +218,15 @@ def test_float32_rounds_every_operation(decay: str, amsgrad: bool, maximize: boo
 
     coefficients = dataclasses.asdict(reference.adam_coefficients(**h))
     k = SimpleNamespace(**{name: np.float64(value) for name, value in coefficients.items()})
-    g = -g if maximize else g
+    sign = -1.0 if maximize else 1.0
+    g = sign * g
     if decay == "l2":
-        g = rounded(g + rounded(k.l2 * p))
-    m = rounded(rounded(k.b1 * m) + rounded(k.c1 * g))
+        g = rounded(g + rounded(sign * k.l2 * p))
+    m = rounded(rounded(k.b1 * m) + rounded(sign * k.c1 * g))
     v = rounded(rounded(k.b2 * v) + rounded(rounded(k.c2 * g) * g))
     x = np.maximum(x, v)
     root = rounded(np.sqrt(x if amsgrad else v))
-    quotient = rounded(rounded(k.a * m) / rounded(rounded(root * k.r) + k.eps))
+    quotient = rounded(rounded(k.a * m) / rounded(root + k.eps))
     p = rounded(rounded(k.d * p) - quotient)
     for ours, expected in zip(updated, (p, m, v, x if amsgrad else None), strict=True):
         assert (ours is None) == (expected is None)

@@ -326,11 +326,14 @@ def test_index_beyond_31_bits() -> None:
     placed = [Placed(stored) for stored in slots]
     record = [slot.address - 4 * elements for slot in placed] + [elements + tail, 0]
     chunks = [[0, elements // TILE], [0, elements // TILE + 1]]
+    table = coefficients([LOUD])
     update.update_kernel[(2,)](
         torch.tensor(chunks, dtype=torch.int32, device=DEVICE),
         torch.tensor([record], device=DEVICE),
-        torch.from_numpy(coefficients([LOUD])).to(DEVICE),
-        **update.constants(triton_kernels.adam, (False, False), (F32, F32, F32), 4, 10),
+        torch.from_numpy(table).to(DEVICE),
+        **update.constants(
+            triton_kernels.adam, (False, False), (F32, F32, F32), 4, table.shape[1]
+        ),
         **update.COMPILE_OPTIONS,
     )
     param, exp_avg, exp_avg_sq, _ = reference.adamw(*slots, **LOUD)

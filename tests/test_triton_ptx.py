@@ -51,7 +51,7 @@ class Case:
     capability: int = 90
     rule: Any = adam
     states: int = 2
-    coefficients: int = 10
+    coefficients: int = 8
 
     @property
     def slots(self) -> list[str]:

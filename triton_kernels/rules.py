@@ -25,15 +25,15 @@ def adam(param, grad, states, coefficients, OPTIONS: tl.constexpr):
         param: the parameter.
         grad: its gradient.
         states: exp_avg, exp_avg_sq and, with AMSGrad, max_exp_avg_sq.
-        coefficients: see the first line; r = 1 / sqrt(1 - beta2^t), d is what decay leaves of the
-            parameter, a = eta * lr / (1 - beta1^t).
+        coefficients: see the first line; d is what decay leaves of the parameter, eps and a have
+            the bias corrections in them, and to maximize l2 and c1 are negative.
         OPTIONS: pair of bool: weight decay is added to the gradient; AMSGrad.
     """
-    grad_sign, l2, b1, c1, b2, c2, r, eps, d, a = coefficients
+    l2, b1, c1, b2, c2, eps, d, a = coefficients
     L2: tl.constexpr = OPTIONS[0]
     AMSGRAD: tl.constexpr = OPTIONS[1]
 
-    g = grad_sign * grad
+    g = grad
     if L2:
         g = g + l2 * param  # line 6
 
@@ -46,6 +46,6 @@ def adam(param, grad, states, coefficients, OPTIONS: tl.constexpr):
         w = tl.where((v > states[2]) | (v != v), v, states[2])  # a NaN stays visible
         updated = (m, v, w)  # type: ignore[assignment]
 
-    # Lines 9, 10 and 12, with the bias corrections and eta * lr folded into a and r.
-    p = d * param - tl.div_rn(a * m, tl.sqrt_rn(w) * r + eps)
+    # Lines 9, 10 and 12, with the bias corrections and eta * lr folded into a and eps.
+    p = d * param - tl.div_rn(a * m, tl.sqrt_rn(w) + eps)
     return p, updated

@@ -10,14 +10,12 @@ namespace fused_adamw {
 
 // Uniform in a step; rules/coefficients.h computes them. Floats only: an engine sees a row of them.
 struct AdamCoefficients {
-  float grad_sign;  // -1 to maximize
-  float l2;         // lambda where decay is added to the gradient
-  float b1, c1;     // beta1, 1 - beta1
-  float b2, c2;     // beta2, 1 - beta2
-  float r;          // 1 / sqrt(1 - beta2^t)
-  float eps;
-  float d;  // what decay leaves of the parameter
-  float a;  // eta * lr / (1 - beta1^t)
+  float l2;      // lambda where decay is added to the gradient; negative to maximize
+  float b1, c1;  // beta1, 1 - beta1; c1 is negative to maximize
+  float b2, c2;  // beta2, 1 - beta2
+  float eps;     // eps * sqrt(1 - beta2^t)
+  float d;       // what decay leaves of the parameter
+  float a;       // eta * lr * sqrt(1 - beta2^t) / (1 - beta1^t)
 };
 
 template <bool kL2, bool kAmsgrad>
@@ -28,7 +26,7 @@ struct Adam {
 
   FUSED_ADAMW_HD static void update(const AdamCoefficients& c, float& param, float grad,
                                     float (&state)[kStates]) {
-    float g = c.grad_sign * grad;
+    float g = grad;
     if constexpr (kL2) g = g + c.l2 * param;  // line 6
 
     float& m = state[kExpAvg];
@@ -42,8 +40,8 @@ struct Adam {
       largest = (v > largest || v != v) ? v : largest;  // a NaN stays visible
       w = largest;
     }
-    // Lines 9, 10 and 12, with the bias corrections and eta * lr folded into a and r.
-    param = c.d * param - (c.a * m) / (sqrtf(w) * c.r + c.eps);
+    // Lines 9, 10 and 12, with the bias corrections and eta * lr folded into a and eps.
+    param = c.d * param - (c.a * m) / (sqrtf(w) + c.eps);
   }
 };
 

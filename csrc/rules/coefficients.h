@@ -43,9 +43,9 @@ FUSED_ADAMW_HD double integer_power(double x, std::int64_t n) {
 FUSED_ADAMW_HD AdamCoefficients adam_coefficients(const AdamHyperparameters& h, std::int64_t t) {
   const double alpha = h.schedule_multiplier * h.lr;
   const double bias1 = 1.0 - integer_power(h.beta1, t);
-  const double bias2 = 1.0 - integer_power(h.beta2, t);
+  const double root_bias2 = sqrt(1.0 - integer_power(h.beta2, t));
   double keep = 1.0;
-  double rate = alpha / bias1;
+  double rate = alpha * root_bias2 / bias1;
   switch (h.decay) {
     case Decay::kLr:
       keep = 1.0 - alpha * h.weight_decay;
@@ -61,14 +61,14 @@ FUSED_ADAMW_HD AdamCoefficients adam_coefficients(const AdamHyperparameters& h, 
       break;
   }
   AdamCoefficients c;
-  c.grad_sign = h.maximize ? -1.0f : 1.0f;
-  c.l2 = static_cast<float>(h.decay == Decay::kL2 ? h.weight_decay : 0.0);
+  // The gradient's sign: exact wherever it is applied, and here it costs nothing.
+  const double sign = h.maximize ? -1.0 : 1.0;
+  c.l2 = static_cast<float>(h.decay == Decay::kL2 ? sign * h.weight_decay : 0.0);
   c.b1 = static_cast<float>(h.beta1);
-  c.c1 = static_cast<float>(1.0 - h.beta1);
+  c.c1 = static_cast<float>(sign * (1.0 - h.beta1));
   c.b2 = static_cast<float>(h.beta2);
   c.c2 = static_cast<float>(1.0 - h.beta2);
-  c.r = static_cast<float>(1.0 / sqrt(bias2));
-  c.eps = static_cast<float>(h.eps);
+  c.eps = static_cast<float>(h.eps * root_bias2);
   c.d = static_cast<float>(keep);
   c.a = static_cast<float>(rate);
   return c;
