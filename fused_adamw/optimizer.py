@@ -108,7 +108,7 @@ class FusedOptimizer(Optimizer):
         params = param_group["params"] = list(param_group["params"])
         names = [item[0] if isinstance(item, tuple) else None for item in params]
         seen = {param for group in self.param_groups for param in group["params"]}
-        first = sum(len(group["params"]) for group in self.param_groups)
+        first = self._count_params(len(self.param_groups))
         for i, item in enumerate(params):
             param = item[1] if isinstance(item, tuple) else item
             if not isinstance(param, Tensor):
@@ -120,12 +120,14 @@ class FusedOptimizer(Optimizer):
                 )
             seen.add(param)
 
+    def _count_params(self, groups: int) -> int:
+        return sum(len(group["params"]) for group in self.param_groups[:groups])
+
     def _check_group(self, index: int) -> None:
         group = self.param_groups[index]
-        first = sum(len(earlier["params"]) for earlier in self.param_groups[:index])
         for i, param in enumerate(group["params"]):
-            label = _label(first + i, group, i)
             if param.dtype not in PARAM_DTYPES:
+                label = _label(self._count_params(index) + i, group, i)
                 raise TypeError(
                     f"{label} has dtype {param.dtype}; accepted: float32, bfloat16, float16"
                 )

@@ -389,6 +389,24 @@ def test_gradient_that_shares_memory_with_anothers_state(optimizer: FusedAdamW) 
         optimizer.step()
 
 
+def test_gradient_that_grows_into_its_parameter() -> None:
+    """The same address again, but of wider elements: there the gradient ends elsewhere."""
+    memory = torch.ones(48, dtype=torch.bfloat16)
+    param = torch.nn.Parameter(memory[16:].view(torch.float32)[:16])
+    optimizer = FusedAdamW([param])
+    param.grad_dtype = torch.bfloat16
+    param.grad = memory[:16]
+    optimizer.step()
+
+    param.grad = None
+    param.grad_dtype = torch.float32
+    param.grad = memory[:32].view(torch.float32)
+    before = memory.clone()
+    with pytest.raises(ValueError, match="gradient that shares memory"):
+        optimizer.step()
+    assert torch.equal(memory, before)
+
+
 def test_parameter_of_another_shape_than_its_state(optimizer: FusedAdamW) -> None:
     optimizer.step()
     replace_last(optimizer, torch.zeros(2, 3))

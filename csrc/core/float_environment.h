@@ -3,7 +3,7 @@
 
 #include <cfenv>
 
-namespace fused_adamw::cpu {
+namespace fused_adamw {
 
 // torch.set_flush_denormal(True) would change results silently; within this scope it does not.
 class DefaultFloatEnvironment {
@@ -20,4 +20,4 @@ class DefaultFloatEnvironment {
   std::fenv_t saved_;
 };
 
-}  // namespace fused_adamw::cpu
+}  // namespace fused_adamw

@@ -6,8 +6,8 @@
 #include <atomic>
 #include <vector>
 
+#include "core/float_environment.h"
 #include "core/planner.h"
-#include "cpu/float_environment.h"
 #include "rules/registry.h"
 
 // [note: SIMD levels] The body below is plain scalar C++ that the compiler vectorises. It is

@@ -1,6 +1,7 @@
 // Plays the CUDA grid on the host: every line of the kernel's body runs where no GPU is.
 #include <memory>
 
+#include "core/float_environment.h"
 #include "cuda/engine.h"
 #include "cuda/update_chunk.h"
 #include "rules/registry.h"
@@ -8,6 +9,7 @@
 namespace fused_adamw::cuda {
 
 void update_on_host(const Bucket& bucket) {
+  const DefaultFloatEnvironment environment;  // as on a GPU
   visit_rule(bucket.rule, [&](auto rule) {
     using Rule = decltype(rule);
     visit_format(Formats{}, bucket.format, [&](auto format) {

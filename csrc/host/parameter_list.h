@@ -85,6 +85,7 @@ class ParameterList {
     void* state[kMaxStates];
     float* step;
     const void* checked_grad;  // the gradient's memory when it was last found to be its own
+    Dtype checked_grad_dtype;
   };
 
   // Memory that a step writes.
