@@ -97,8 +97,7 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "The engines in C++. Private: use fused_adamw.";
   m.attr("VERSION") = FUSED_ADAMW_VERSION;
   m.attr("COMPILER") = __VERSION__;
-  m.attr("ADAM_COEFFICIENT_NAMES") =
-      py::make_tuple("l2", "b1", "c1", "b2", "c2", "eps", "d", "a");
+  m.attr("ADAM_COEFFICIENT_NAMES") = py::make_tuple("l2", "b1", "c1", "b2", "c2", "eps", "d", "a");
   m.attr("DECAYS") = py::make_tuple("lr", "decoupled", "l2", "proximal");
   py::list formats;
   for_each_format(Formats{}, [&](const Format& f) {

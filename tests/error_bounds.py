@@ -180,9 +180,7 @@ def bounded_adamw(
         **hyperparameters: those of `reference.adamw` (all but ``dtype``).
     """
     k = reference.adam_coefficients(**hyperparameters, dtype=np.float64)
-    b1, c1, b2, c2, eps, d, a = map(
-        Bounded.coefficient, (k.b1, k.c1, k.b2, k.c2, k.eps, k.d, k.a)
-    )
+    b1, c1, b2, c2, eps, d, a = map(Bounded.coefficient, (k.b1, k.c1, k.b2, k.c2, k.eps, k.d, k.a))
     p, g, m, v = map(_bounded, (param, grad, exp_avg, exp_avg_sq))
     if hyperparameters.get("decay") == "l2" and hyperparameters["weight_decay"] != 0:
         g = g + Bounded.coefficient(k.l2) * p

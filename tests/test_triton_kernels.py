@@ -331,9 +331,7 @@ def test_index_beyond_31_bits() -> None:
         torch.tensor(chunks, dtype=torch.int32, device=DEVICE),
         torch.tensor([record], device=DEVICE),
         torch.from_numpy(table).to(DEVICE),
-        **update.constants(
-            triton_kernels.adam, (False, False), (F32, F32, F32), 4, table.shape[1]
-        ),
+        **update.constants(triton_kernels.adam, (False, False), (F32, F32, F32), 4, table.shape[1]),
         **update.COMPILE_OPTIONS,
     )
     param, exp_avg, exp_avg_sq, _ = reference.adamw(*slots, **LOUD)
