@@ -7,13 +7,14 @@ CPP_FILES = $(shell find $(wildcard csrc tests bench) -name '*.cpp' -o -name '*.
 
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help demo test microbench bench gpu-suite lint format clean FORCE
+.PHONY: help demo test microbench bench kernels gpu-suite lint format clean FORCE
 
 help:
 	@echo "make demo        train a small GPT next to torch.optim.AdamW (ARGS=... for train_gpt.py)"
 	@echo "make test        run every test (ARGS=... for pytest)"
 	@echo "make microbench  time the steps in bench/ (ARGS=... for pytest)"
 	@echo "make bench       our engines and torch's side by side, interleaved (ARGS=... for bench)"
+	@echo "make kernels     what the compilers make of every GPU kernel, into bench/results/kernels.md"
 	@echo "make gpu-suite   everything that needs a GPU, into OUT=build/gpu-suite"
 	@echo "make lint        ruff, mypy, clang-format"
 	@echo "make format      let ruff and clang-format rewrite the files"
@@ -30,6 +31,9 @@ microbench: $(VENV)/built $(VENV)/dev
 
 bench: $(VENV)/built $(VENV)/dev
 	$(BIN)/python -m bench $(ARGS)
+
+kernels: $(VENV)/built $(VENV)/dev
+	$(BIN)/python -m bench.kernels $(ARGS)
 
 gpu-suite:
 	bench/gpu_suite.sh $(or $(OUT),build/gpu-suite)

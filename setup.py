@@ -144,4 +144,6 @@ class NinjaBuildExt(build_ext):
         self.copy_file(f"{folder}/_C.so", library)
 
 
-setup(ext_modules=[Extension("fused_adamw._C", sources=[])], cmdclass={"build_ext": NinjaBuildExt})
+if __name__ == "__main__":  # bench/kernels compiles with the same options
+    extension = Extension("fused_adamw._C", sources=[])
+    setup(ext_modules=[extension], cmdclass={"build_ext": NinjaBuildExt})
