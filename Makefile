@@ -15,7 +15,7 @@ help:
 	@echo "make microbench  time the steps in bench/ (ARGS=... for pytest)"
 	@echo "make bench       our engines and torch's side by side, interleaved (ARGS=... for bench)"
 	@echo "make kernels     what the compilers make of every GPU kernel, into bench/results/kernels.md"
-	@echo "make gpu-suite   everything that needs a GPU, into OUT=build/gpu-suite"
+	@echo "make gpu-suite   everything that needs a GPU, into OUT=build/gpu-suite (WHEELS=folder of peers)"
 	@echo "make lint        ruff, mypy, clang-format"
 	@echo "make format      let ruff and clang-format rewrite the files"
 	@echo "make clean       remove .venv and everything built"
@@ -36,7 +36,7 @@ kernels: $(VENV)/built $(VENV)/dev
 	$(BIN)/python -m bench.kernels $(ARGS)
 
 gpu-suite:
-	bench/gpu_suite.sh $(or $(OUT),build/gpu-suite)
+	bench/gpu_suite.sh $(or $(OUT),build/gpu-suite) $(WHEELS)
 
 lint: $(VENV)/dev
 	$(BIN)/ruff check

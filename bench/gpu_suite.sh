@@ -1,26 +1,36 @@
 #!/usr/bin/env bash
 # Everything that needs a GPU, in under nine minutes and without a network:
 #
-#   bench/gpu_suite.sh OUT_DIR
+#   bench/gpu_suite.sh OUT_DIR [WHEELS]
 #
 # builds in place for the GPU that is here, runs the GPU tests, the step benchmark and
-# compute-sanitizer, and leaves logs, bench.json and summary.txt in OUT_DIR. Needed: a CUDA toolkit,
-# and a `python3` with torch, triton, pybind11, ninja, setuptools, numpy, pytest, hypothesis and
-# rich. The most important parts come first, each has its own time limit, and none depends on
-# another's success. The exit code is 0 if every part that could be run passed, 1 if one did not, 2
-# for a wrong call, 3 where there is no GPU.
+# compute-sanitizer, and leaves logs, bench.json, pictures and summary.txt in OUT_DIR. Needed: a CUDA
+# toolkit, and a `python3` with torch, triton, pybind11, ninja, setuptools, numpy, pytest, hypothesis,
+# rich and matplotlib. WHEELS is a folder of wheels of other optimizers to measure beside ours; they
+# are installed without their dependencies below OUT_DIR, for this run alone. The most important
+# parts come first, each has its own time limit, and none depends on another's success. The exit code
+# is 0 if every part that could be run passed, 1 if one did not, 2 for a wrong call, 3 where there is
+# no GPU.
 #
 # GPU_SUITE_SECONDS          the time for everything (default: 525)
 # FUSED_ADAMW_CUDA_ARCHS     what to compile for (default: the GPU that is here)
 # shellcheck disable=SC2329  # `part` calls the functions by their names
 set -uo pipefail
 
-if [[ $# -ne 1 || $1 == -* ]]; then
-  echo "usage: bench/gpu_suite.sh OUT_DIR" >&2
+if [[ $# -lt 1 || $# -gt 2 || $1 == -* ]]; then
+  echo "usage: bench/gpu_suite.sh OUT_DIR [WHEELS]" >&2
   exit 2
 fi
 mkdir -p -- "$1" || exit 2
 out=$(cd -- "$1" && pwd)
+wheels=()
+if [[ $# -eq 2 ]]; then
+  [[ -d $2 ]] && wheels=("$(cd -- "$2" && pwd)"/*.whl)
+  if [[ ! -f ${wheels[0]-} ]]; then
+    echo "gpu_suite: WHEELS: $2 is not a folder with wheels (*.whl)" >&2
+    exit 2
+  fi
+fi
 cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." || exit 2
 budget=${GPU_SUITE_SECONDS:-525}
 
@@ -48,7 +58,8 @@ export PYTHONUNBUFFERED=1
 # What Triton compiles for the tests serves the benchmark and the sanitizer too.
 export TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-$PWD/build/triton-cache}
 # The source tree is what is tested, wherever else the package may be installed.
-export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
+site=$out/peers
+export PYTHONPATH=$PWD:$site${PYTHONPATH:+:$PYTHONPATH}
 PATH=$PATH:/usr/local/cuda/bin
 
 # --- The parts: each is run by a shell of its own, so that a time limit can end it ----------------
@@ -81,6 +92,17 @@ verify() {
   python3 -m fused_adamw verify
 }
 
+# One after the other, so that a wheel that does not fit leaves the rest to be installed.
+install_peers() { # target folder, wheels
+  local target=$1 status=0 wheel
+  shift
+  for wheel in "$@"; do
+    python3 -m pip install --no-index --no-deps --no-compile --no-cache-dir --upgrade \
+      --disable-pip-version-check --target "$target" "$wheel" || status=1
+  done
+  return $status
+}
+
 benchmark() {
   python3 -m bench --device cuda --json "$1/bench.json"
 }
@@ -93,7 +115,7 @@ sanitize() {
     compute-sanitizer "${options[@]}" python3 -m bench.sanitize_case
 }
 
-export -f build engines gpu_tests verify benchmark sanitize
+export -f build engines gpu_tests verify install_peers benchmark sanitize
 
 # --- Running them ---------------------------------------------------------------------------------
 
@@ -101,7 +123,7 @@ lines=()
 failed=0
 
 note() { # name, seconds, result, log
-  lines+=("$(printf '%-12s %5s s  %-28s %s' "$1" "$2" "$3" "$4")")
+  lines+=("$(printf '%-12s %5s s  %-34s %s' "$1" "$2" "$3" "$4")")
   printf '== %s: %s (%s s)\n' "$1" "$3" "$2"
 }
 
@@ -117,8 +139,9 @@ part() {
   ((limit > left)) && limit=$left
   begin=$SECONDS
   printf '\n== %s\n' "$name" >> "$out/$log"
+  # An interrupt lets the benchmark write down what it has measured.
   # shellcheck disable=SC2016  # expanded by the inner shell
-  timeout --kill-after=5 "$limit" bash -c '"$@"' part "$@" >> "$out/$log" 2>&1
+  timeout --signal=INT --kill-after=10 "$limit" bash -c '"$@"' part "$@" >> "$out/$log" 2>&1
   status=$?
   case $status in
     0) result="passed" ;;
@@ -133,27 +156,31 @@ part() {
   note "$name" $((SECONDS - begin)) "$result" "$log"
 }
 
-rm -f -- "$out"/{build,engines,tests,verify,bench,sanitizer}.log "$out"/{bench.json,summary.txt}
-part build 180 build.log build
-part engines 60 engines.log engines
+rm -f -- "$out"/{setup,tests,bench,sanitizer}.log "$out"/{bench.json,summary.txt} "$out"/*.png
+rm -rf -- "$site"
+part build 180 setup.log build
+part engines 60 setup.log engines
 part tests 210 tests.log gpu_tests
+((${#wheels[@]})) && part peers 30 setup.log install_peers "$site" "${wheels[@]}"
 part benchmark 150 bench.log benchmark "$out"
 if command -v compute-sanitizer > /dev/null; then
   part memcheck 120 sanitizer.log sanitize memcheck
-  part verify 60 verify.log verify
-  for tool in initcheck racecheck synccheck; do
+  part verify 60 tests.log verify
+  for tool in racecheck initcheck synccheck; do
     part "$tool" 90 sanitizer.log sanitize "$tool"
   done
 else
   note memcheck 0 "not possible: no compute-sanitizer" ""
-  part verify 60 verify.log verify
+  part verify 60 tests.log verify
 fi
+rm -rf -- "$site"
 
 {
   echo
   [[ -f $out/bench.log ]] && grep -v '^== ' "$out/bench.log"
-  [[ -f $out/tests.log ]] && tail -n 1 "$out/tests.log"
+  grep -sE ' in [0-9.]+s' "$out/tests.log" | tail -n 1
   echo
+  printf '%-12s %7s  %-34s %s\n' part time result log
   printf '%s\n' "${lines[@]}"
   echo "$SECONDS s in all; logs in $out"
 } | tee "$out/summary.txt"

@@ -16,14 +16,10 @@ import sys
 import torch
 from torch import Tensor
 
-from fused_adamw import available_engines, functional
+from fused_adamw import FORMATS, available_engines, functional
 
-F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
-FORMATS = (
-    *((F32, grad, F32) for grad in (F32, BF16, F16)),
-    *((F32, grad, BF16) for grad in (F32, BF16)),
-    *((half, *rest) for half in (BF16, F16) for rest in itertools.product((half, F32), repeat=2)),
-)
+# What a kernel of the Adam family is compiled for: "l2" decay or another one, AMSGrad, dtypes.
+VARIANTS = tuple(itertools.product(("lr", "l2"), (False, True), FORMATS))
 STATES = 3
 # (elements, elements off an alignment of 16 bytes): empty, less than an access, more than a chunk
 # with a ragged end, unaligned.
@@ -36,10 +32,10 @@ def make(values: Tensor, dtype: torch.dtype, offset: int, device: torch.device) 
     return stored[offset:]
 
 
-def run(engine: str, decay: str, amsgrad: bool, dtypes: tuple[torch.dtype, ...]) -> None:
+def run(engine: str, decay: str, amsgrad: bool, dtypes: tuple[str, str, str]) -> None:
     """One step over all of TENSORS."""
     device = torch.device("cpu" if engine == "cpu" else "cuda")
-    param_dtype, grad_dtype, state_dtype = dtypes
+    param_dtype, grad_dtype, state_dtype = (getattr(torch, name) for name in dtypes)
     slots = (param_dtype, grad_dtype, *[state_dtype] * STATES)
     lists: list[list[Tensor]] = [[] for _ in slots]
     for numel, offset in TENSORS:
@@ -79,12 +75,11 @@ def main() -> int:
         print("no engine works on a GPU here", file=sys.stderr)
         return 1
     for engine in engines:
-        variants = list(itertools.product(("lr", "l2"), (False, True), FORMATS))
-        for decay, amsgrad, dtypes in variants:
+        for decay, amsgrad, dtypes in VARIANTS:
             run(engine, decay, amsgrad, dtypes)
         if torch.cuda.is_available():
             torch.cuda.synchronize()
-        print(f"{engine}: {len(variants)} kernels over {len(TENSORS)} tensors each", flush=True)
+        print(f"{engine}: {len(VARIANTS)} kernels over {len(TENSORS)} tensors each", flush=True)
     return 0
 
 

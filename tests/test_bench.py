@@ -7,9 +7,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-import torch
-
 ROOT = Path(__file__).parents[1]
 
 
@@ -42,11 +39,3 @@ def test_an_unknown_case_is_answered_with_the_known_ones() -> None:
     done = run(sys.executable, "-m", "bench", "--case", "64M")
     assert done.returncode == 2
     assert "64M-float32" in done.stderr
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_gpu_suite_without_a_gpu(tmp_path: Path) -> None:
-    assert run(ROOT / "bench/gpu_suite.sh").returncode == 2
-    done = run(ROOT / "bench/gpu_suite.sh", tmp_path)
-    assert done.returncode == 3
-    assert "no GPU" in done.stderr or "no torch" in done.stderr

@@ -7,6 +7,7 @@ import re
 
 import pytest
 
+from bench import sanitize_case
 from bench.kernels import build
 from bench.kernels.__main__ import REPORT
 from bench.kernels.compiled import Compiled
@@ -85,6 +86,10 @@ def test_main_path_fuses_only_within_division_and_root(kernels: list[Compiled]) 
         fused = sum(n for name, n in count.items() if name.split(".")[0] == "FFMA")
         assert fused == 5 * count["MUFU.RCP"] + 2 * count["MUFU.RSQ"], str(kernel)
         assert count["MUFU.RCP"] == count["MUFU.RSQ"] == kernel.elements, str(kernel)
+
+
+def test_the_sanitizers_watch_every_kernel(kernels: list[Compiled]) -> None:
+    assert len(kernels) == len(sanitize_case.VARIANTS)
 
 
 def test_the_committed_report_is_up_to_date(compiled_kernels: list[Compiled]) -> None:

@@ -20,6 +20,8 @@ from setup import NVCC_FLAGS, find_nvcc
 
 ROOT = Path(__file__).parents[2]
 FOLDER = Path("build", "kernels")
+# What compiles Triton's kernels, and finds out which there are.
+TRITON_CODE = ("triton_compiler.py", "dumps.py", "names.py", "compiled.py", "sass.py")
 
 # A comment with a compiler's version has ninja repeat its work where the version has changed.
 NINJA_HEAD = """\
@@ -126,9 +128,8 @@ def _edges(gpu: Gpu) -> Iterator[str]:
         for suffix, what in ((".sass", "sass"), (".usage", "resource-usage")):
             dumps.append(cubin.with_suffix(suffix))
             yield f"build {dumps[-1]}: dump {cubin}\n  what = {what}\n"
-    folders = (ROOT / "triton_kernels", Path(__file__).parent)
-    code = [path.relative_to(ROOT) for folder in folders for path in sorted(folder.glob("*.py"))]
-    needed = " ".join(map(str, [*dumps, *code]))
+    code = [*(ROOT / "triton_kernels").glob("*.py"), *map(Path(__file__).with_name, TRITON_CODE)]
+    needed = " ".join(map(str, [*dumps, *sorted(path.relative_to(ROOT) for path in code)]))
     objects = " ".join(map(str, _objects(gpu)))
     results = _triton_results(gpu)
     yield f"build {results}: triton {objects} | {needed}\n  arch = {gpu.arch}\n"

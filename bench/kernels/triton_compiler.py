@@ -38,13 +38,13 @@ class Case:
     Attributes:
         rule: a Triton function.
         options: its OPTIONS.
-        dtypes: of param, grad and states.
+        dtypes: of param, grad and states, by name.
         states: how many there are.
     """
 
     rule: Any
-    options: tuple[bool, ...]
-    dtypes: tuple[str, str, str]
+    options: tuple[bool | str, ...]
+    dtypes: tuple[str, ...]
     states: int
 
     @property
