@@ -2,11 +2,21 @@
 
 import torch  # noqa: F401  first: the extension then shares torch's OpenMP threads
 
-from fused_adamw import _C, functional
+from fused_adamw import _C, functional, schedules
 from fused_adamw.adamw import FusedAdamW
 from fused_adamw.engines import available_engines, engine_status
+from fused_adamw.weight_decay import convert_weight_decay, normalized_weight_decay
 
 __version__: str = _C.VERSION
 # The dtypes (parameter, gradient, states) that may stand together.
 FORMATS: tuple[tuple[str, str, str], ...] = _C.FORMATS
-__all__ = ["FORMATS", "FusedAdamW", "available_engines", "engine_status", "functional"]
+__all__ = [
+    "FORMATS",
+    "FusedAdamW",
+    "available_engines",
+    "convert_weight_decay",
+    "engine_status",
+    "functional",
+    "normalized_weight_decay",
+    "schedules",
+]

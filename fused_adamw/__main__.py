@@ -6,7 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from fused_adamw import info, verify
+from fused_adamw import info, plot_schedule, verify
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -18,8 +18,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands.add_parser("info", help="versions, engines, and why an engine is absent")
     verifier = commands.add_parser("verify", help="every engine against the reference, bit by bit")
     verifier.add_argument("--seed", type=int, default=0, help="seed of the random problems")
+    scheduler = commands.add_parser("schedule", help="a schedule of the multiplier eta, in figures")
+    plot_schedule.add_arguments(scheduler)
     parsed = parser.parse_args(arguments)
-    return info.main() if parsed.command == "info" else verify.main(parsed.seed)
+    if parsed.command == "info":
+        return info.main()
+    if parsed.command == "schedule":
+        return plot_schedule.main(parsed)
+    return verify.main(parsed.seed)
 
 
 if __name__ == "__main__":
