@@ -3,10 +3,14 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
+#include <optional>
 #include <string>
+#include <tuple>
 #include <vector>
 
 #include "core/bucket.h"
+#include "core/float_environment.h"
 #include "core/planner.h"
 #include "cpu/engine.h"
 #include "cuda/engine.h"
@@ -21,14 +25,52 @@ using namespace fused_adamw;
 
 namespace {
 
-constexpr const char* kDecayNames[] = {"lr", "decoupled", "l2", "proximal"};
+// How Python passes the values of a range.
+const char* kind_of(Range range) {
+  return range == Range::kFlag ? "flag" : range == Range::kDecay ? "decay" : "number";
+}
 
-Decay decay_of(const std::string& name) {
-  for (int i = 0; i < 4; ++i) {
-    if (name == kDecayNames[i]) return static_cast<Decay>(i);
+const RuleInfo& rule_named(const std::string& name) {
+  for (const RuleInfo& rule : rule_infos()) {
+    if (name == rule.name) return rule;
+  }
+  throw py::value_error("no rule is called '" + name + "'");
+}
+
+double decay_number(const std::string& name) {
+  for (int i = 0; i < kDecays; ++i) {
+    if (name == kDecayNames[i]) return i;
   }
   throw py::value_error("decay: found '" + name +
                         "', accepted: 'lr', 'decoupled', 'l2', 'proximal'");
+}
+
+host::Hyperparameters make_hyperparameters(const std::string& rule, const py::dict& values) {
+  const RuleInfo& info = rule_named(rule);
+  std::vector<double> numbers;
+  for (const Field& field : info.fields) {
+    if (!values.contains(field.name)) {
+      throw py::value_error("rule " + rule + ": '" + field.name + "' is missing");
+    }
+    const py::object value = values[field.name];
+    numbers.push_back(field.range == Range::kDecay ? decay_number(value.cast<std::string>())
+                                                   : value.cast<double>());
+  }
+  if (values.size() != numbers.size()) throw py::value_error("rule " + rule + ": unknown values");
+  return {info, std::move(numbers)};
+}
+
+py::dict values_of(const host::Hyperparameters& h) {
+  py::dict values;
+  for (std::size_t i = 0; i < h.values.size(); ++i) {
+    const Field& field = h.rule.fields[i];
+    const double value = h.values[i];
+    values[field.name] = field.range == Range::kDecay
+                             ? py::object(py::str(kDecayNames[static_cast<int>(value)]))
+                         : field.range == Range::kFlag ? py::object(py::bool_(value != 0.0))
+                                                       : py::object(py::float_(value));
+  }
+  return values;
 }
 
 cpu::SimdLevel simd_level_of(const std::string& name) {
@@ -49,8 +91,7 @@ py::array_t<T> column(const Bucket& bucket, Read&& read) {
 }
 
 py::array_t<std::int64_t> addresses(const Bucket& bucket) {
-  const int slots =
-      kFirstState + visit_rule(bucket.rule, [](auto rule) { return decltype(rule)::kStates; });
+  const int slots = kFirstState + functor_info(bucket.functor).states;
   py::array_t<std::int64_t> values(
       {static_cast<py::ssize_t>(bucket.tensors.size()), static_cast<py::ssize_t>(slots)});
   auto* out = values.mutable_data();
@@ -97,50 +138,48 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "The engines in C++. Private: use fused_adamw.";
   m.attr("VERSION") = FUSED_ADAMW_VERSION;
   m.attr("COMPILER") = __VERSION__;
-  m.attr("ADAM_COEFFICIENT_NAMES") = py::make_tuple("l2", "b1", "c1", "b2", "c2", "eps", "d", "a");
-  m.attr("DECAYS") = py::make_tuple("lr", "decoupled", "l2", "proximal");
+  py::list decays;
+  for (const char* name : kDecayNames) decays.append(name);
+  m.attr("DECAYS") = py::tuple(decays);
   py::list formats;
-  for_each_format(Formats{}, [&](const Format& f) {
+  for (const Format& f : kFormats) {
     formats.append(py::make_tuple(name_of(f.param), name_of(f.grad), name_of(f.state)));
-  });
+  }
   m.attr("FORMATS") = py::tuple(formats);
 
-  // Hyperparameters.
-  py::class_<host::Hyperparameters>(m, "Hyperparameters");
-  py::class_<host::Adam, host::Hyperparameters>(m, "AdamHyperparameters")
-      .def(py::init([](double lr, double beta1, double beta2, double eps, double weight_decay,
-                       double schedule_multiplier, const std::string& decay, bool amsgrad,
-                       bool maximize) {
-             return host::Adam({lr, beta1, beta2, eps, weight_decay, schedule_multiplier,
-                                decay_of(decay), amsgrad, maximize});
-           }),
-           py::arg("lr"), py::arg("beta1"), py::arg("beta2"), py::arg("eps"),
-           py::arg("weight_decay"), py::arg("schedule_multiplier"), py::arg("decay"),
-           py::arg("amsgrad"), py::arg("maximize"))
-      .def_property_readonly("lr", [](const host::Adam& h) { return h.values.lr; })
-      .def_property_readonly("beta1", [](const host::Adam& h) { return h.values.beta1; })
-      .def_property_readonly("beta2", [](const host::Adam& h) { return h.values.beta2; })
-      .def_property_readonly("eps", [](const host::Adam& h) { return h.values.eps; })
-      .def_property_readonly("weight_decay",
-                             [](const host::Adam& h) { return h.values.weight_decay; })
-      .def_property_readonly("schedule_multiplier",
-                             [](const host::Adam& h) { return h.values.schedule_multiplier; })
-      .def_property_readonly(
-          "decay",
-          [](const host::Adam& h) { return kDecayNames[static_cast<int>(h.values.decay)]; })
-      .def_property_readonly("amsgrad", [](const host::Adam& h) { return h.values.amsgrad; })
-      .def_property_readonly("maximize", [](const host::Adam& h) { return h.values.maximize; })
-      .def("coefficients", [](const host::Adam& h, std::int64_t t) {
-        std::vector<float> row(static_cast<std::size_t>(h.coefficient_count()));
-        h.coefficients_at(t, row.data());
-        return row;
-      });
+  // Rules and their hyperparameters.
+  py::dict rules;
+  for (const RuleInfo& rule : rule_infos()) {
+    py::list fields;
+    for (const Field& field : rule.fields) {
+      fields.append(py::make_tuple(field.name, field.argument, kind_of(field.range)));
+    }
+    rules[rule.name] = py::make_tuple(py::tuple(fields),
+                                      rule.scalar ? py::object(py::str(rule.scalar)) : py::none());
+  }
+  m.attr("RULES") = rules;
+  py::class_<host::Hyperparameters>(m, "Hyperparameters")
+      .def(py::init(&make_hyperparameters), py::arg("rule"), py::arg("values"))
+      .def_property_readonly("rule", [](const host::Hyperparameters& h) { return h.rule.name; })
+      .def_property_readonly("values", &values_of)
+      .def(
+          "coefficients",
+          [](const host::Hyperparameters& h, std::int64_t t, double scalar) {
+            std::vector<float> row(static_cast<std::size_t>(h.coefficients));
+            Position at{t, scalar};
+            h.coefficients_at(at, row.data());
+            return py::make_tuple(row, at.scalar);
+          },
+          py::arg("t"), py::arg("scalar") = 0.0);
 
   // The list of parameters, and what a step makes of it.
   m.def("use_exchange_api", &host::use_exchange_api, py::arg("capsule"));
   py::class_<Bucket>(m, "Bucket")
-      .def_property_readonly("l2", [](const Bucket& b) { return b.rule.l2; })
-      .def_property_readonly("amsgrad", [](const Bucket& b) { return b.rule.amsgrad; })
+      .def_property_readonly("functor",
+                             [](const Bucket& b) { return functor_info(b.functor).name; })
+      .def_property_readonly(
+          "options",
+          [](const Bucket& b) { return py::tuple(py::cast(functor_info(b.functor).options)); })
       .def_property_readonly("param_dtype", [](const Bucket& b) { return name_of(b.format.param); })
       .def_property_readonly("grad_dtype", [](const Bucket& b) { return name_of(b.format.grad); })
       .def_property_readonly("state_dtype", [](const Bucket& b) { return name_of(b.format.state); })
@@ -160,6 +199,9 @@ PYBIND11_MODULE(_C, m) {
       .def_property_readonly(
           "steps",
           [](const Bucket& b) { return column<std::int64_t>(b, [](auto& t) { return t.step; }); })
+      .def_property_readonly(
+          "scalars",
+          [](const Bucket& b) { return column<double>(b, [](auto& t) { return t.scalar; }); })
       .def_property_readonly("coefficients", [](const Bucket& b) {
         py::array_t<float> values(
             {static_cast<py::ssize_t>(b.rows()), static_cast<py::ssize_t>(b.coefficients_per_row)});
@@ -176,24 +218,37 @@ PYBIND11_MODULE(_C, m) {
           return py::cast<host::ParameterList&>(py::handle(self)).traverse(visit, arg);
         };
       }))
-      .def(py::init([](py::list params, py::list states, py::list names, py::list groups,
+      .def(py::init([](py::list params, py::list states, py::list names, py::list counts,
+                       py::list scalars, py::list fresh, py::list active, py::list groups,
                        py::list labels, py::object restride, py::object increment_version) {
-             for (const py::list& list : {states, names, groups, labels}) {
+             for (const py::list& list :
+                  {states, names, counts, scalars, fresh, active, groups, labels}) {
                if (list.size() != params.size()) {
                  throw py::value_error("lists of one registration differ in length");
                }
              }
-             return std::make_unique<host::ParameterList>(host::Registration{
-                 params, states, names, groups, labels, restride, increment_version});
+             return std::make_unique<host::ParameterList>(
+                 host::Registration{params, states, names, counts, scalars, fresh, active, groups,
+                                    labels, restride, increment_version});
            }),
-           py::kw_only(), py::arg("params"), py::arg("states"), py::arg("names"), py::arg("groups"),
+           py::kw_only(), py::arg("params"), py::arg("states"), py::arg("names"), py::arg("counts"),
+           py::arg("scalars"), py::arg("fresh"), py::arg("active"), py::arg("groups"),
            py::arg("labels"), py::arg("restride"), py::arg("increment_version"))
       .def("remember", &host::ParameterList::remember, py::arg("param_lists"), py::arg("states"))
       .def("matches", &host::ParameterList::matches, py::arg("param_lists"), py::arg("states"))
       .def("gather", &host::ParameterList::gather, py::arg("groups"), py::arg("grads") = py::none())
       .def("let_go", &host::ParameterList::let_go)
       .def("buckets", &host::ParameterList::buckets, py::return_value_policy::reference_internal)
-      .def("commit", &host::ParameterList::commit);
+      .def("commit", &host::ParameterList::commit, py::arg("bucket"));
+
+  // Rounding and denormals as IEEE 754 has them, for engines that are not in this extension.
+  m.def(
+      "in_default_float_environment",
+      [](const py::function& run) {
+        const DefaultFloatEnvironment environment;
+        run();
+      },
+      py::arg("run"));
 
   // The CPU engine.
   m.def("simd_level",

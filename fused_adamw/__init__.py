@@ -3,8 +3,15 @@
 import torch  # noqa: F401  first: the extension then shares torch's OpenMP threads
 
 from fused_adamw import _C, functional, schedules
-from fused_adamw.adamw import FusedAdamW
+from fused_adamw.adadelta import FusedAdadelta
+from fused_adamw.adagrad import FusedAdagrad
+from fused_adamw.adam import FusedAdam, FusedAdamProx, FusedAdamW
+from fused_adamw.adamax import FusedAdamax
 from fused_adamw.engines import available_engines, engine_status
+from fused_adamw.lion import FusedLion
+from fused_adamw.nadam import FusedNadam, FusedNadamW
+from fused_adamw.rmsprop import FusedRMSprop
+from fused_adamw.sgd import FusedSGD, FusedSGDW
 from fused_adamw.weight_decay import convert_weight_decay, normalized_weight_decay
 
 __version__: str = _C.VERSION
@@ -12,7 +19,18 @@ __version__: str = _C.VERSION
 FORMATS: tuple[tuple[str, str, str], ...] = _C.FORMATS
 __all__ = [
     "FORMATS",
+    "FusedAdadelta",
+    "FusedAdagrad",
+    "FusedAdam",
+    "FusedAdamProx",
     "FusedAdamW",
+    "FusedAdamax",
+    "FusedLion",
+    "FusedNadam",
+    "FusedNadamW",
+    "FusedRMSprop",
+    "FusedSGD",
+    "FusedSGDW",
     "available_engines",
     "convert_weight_decay",
     "engine_status",

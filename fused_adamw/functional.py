@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from fused_adamw.engines import check_engine
-from fused_adamw.hyperparameters import adam_hyperparameters
+from fused_adamw.hyperparameters import hyperparameters
 from fused_adamw.registration import Member, RegisteredList
 
 
@@ -61,16 +61,17 @@ def adamw(
         RuntimeError: an engine that is absent, tensors on different devices.
     """
     check_engine(engine)
-    hyperparameters = adam_hyperparameters(
-        lr=lr,
-        betas=(beta1, beta2),
-        eps=eps,
-        weight_decay=weight_decay,
-        schedule_multiplier=schedule_multiplier,
-        decay=decay,
-        amsgrad=amsgrad,
-        maximize=maximize,
-    )
+    group = {
+        "lr": lr,
+        "betas": (beta1, beta2),
+        "eps": eps,
+        "weight_decay": weight_decay,
+        "schedule_multiplier": schedule_multiplier,
+        "decay": decay,
+        "amsgrad": amsgrad,
+        "maximize": maximize,
+    }
+    checked = hyperparameters("adam", group)
     states: dict[str, list[Tensor]] = {"exp_avg": exp_avgs, "exp_avg_sq": exp_avg_sqs}
     if amsgrad:
         states["max_exp_avg_sq"] = max_exp_avg_sqs
@@ -94,4 +95,4 @@ def adamw(
                     f"parameter {i} has strides {tuple(params[i].stride())}, its state '{name}' "
                     f"{tuple(tensors[i].stride())}; accepted: the same strides"
                 )
-    registered.step([hyperparameters], list(grads))
+    registered.step([checked], list(grads))

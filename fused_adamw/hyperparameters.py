@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import numbers
+import operator
+import re
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor
@@ -29,34 +32,51 @@ def _flag(name: str, value: Any) -> bool:
     raise TypeError(f"{name}: found {value!r}, accepted: True or False")
 
 
-def adam_hyperparameters(
-    lr: Any,
-    betas: Any,
-    eps: Any,
-    weight_decay: Any,
-    schedule_multiplier: Any,
-    decay: Any,
-    amsgrad: Any,
-    maximize: Any,
-) -> _C.AdamHyperparameters:
-    """Checks the hyperparameters of the Adam family; `FusedAdamW` says what they are.
+def _decay(name: str, value: Any) -> str:
+    if value in _C.DECAYS:
+        return str(value)
+    raise ValueError(f"{name}: found {value!r}, accepted: {', '.join(map(repr, _C.DECAYS))}")
+
+
+_CHECKS: dict[str, Callable[[str, Any], Any]] = {
+    "number": _number,
+    "flag": _flag,
+    "decay": _decay,
+}
+
+
+def group_keys(rule: str) -> tuple[str, ...]:
+    """The keys of a param group that hold a rule's hyperparameters; "betas" holds two."""
+    fields, _ = _C.RULES[rule]
+    return tuple(dict.fromkeys(argument.split("[")[0] for _, argument, _ in fields))
+
+
+def values_of(rule: str) -> Callable[[Mapping[str, Any]], tuple[Any, ...]]:
+    """What reads a rule's values out of a param group, as a tuple."""
+    return operator.itemgetter(*group_keys(rule))
+
+
+def hyperparameters(rule: str, group: Mapping[str, Any]) -> _C.Hyperparameters:
+    """The values of a param group, checked.
 
     Raises:
         TypeError: a value of another type; the message names the argument.
         ValueError: a value out of range, or an unknown decay; likewise.
     """
-    if not isinstance(betas, tuple | list) or len(betas) != 2:
-        raise TypeError(f"betas: found {betas!r}, accepted: two numbers")
-    if decay not in _C.DECAYS:
-        raise ValueError(f"decay: found {decay!r}, accepted: {', '.join(map(repr, _C.DECAYS))}")
-    return _C.AdamHyperparameters(
-        lr=_number("lr", lr),
-        beta1=_number("betas[0]", betas[0]),
-        beta2=_number("betas[1]", betas[1]),
-        eps=_number("eps", eps),
-        weight_decay=_number("weight_decay", weight_decay),
-        schedule_multiplier=_number("schedule_multiplier", schedule_multiplier),
-        decay=decay,
-        amsgrad=_flag("amsgrad", amsgrad),
-        maximize=_flag("maximize", maximize),
-    )
+    values = {}
+    fields, _ = _C.RULES[rule]
+    for name, argument, kind in fields:
+        value = _element(argument, group)
+        values[name] = _CHECKS[kind](argument, value)
+    return _C.Hyperparameters(rule, values)
+
+
+def _element(argument: str, group: Mapping[str, Any]) -> Any:
+    """The value of an argument: "lr", or "betas[0]", one of a pair."""
+    found = re.fullmatch(r"(\w+)\[(\d)\]", argument)
+    if found is None:
+        return group[argument]
+    pair = group[found[1]]
+    if not isinstance(pair, tuple | list) or len(pair) != 2:
+        raise TypeError(f"{found[1]}: found {pair!r}, accepted: two numbers")
+    return pair[int(found[2])]

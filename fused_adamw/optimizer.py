@@ -6,7 +6,7 @@ import functools
 import math
 from abc import abstractmethod
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from copy import deepcopy
 from itertools import chain
 from typing import Any, TypeVar, overload
@@ -18,10 +18,14 @@ from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimize
 
 from fused_adamw import _C
 from fused_adamw.engines import check_engine
+from fused_adamw.hyperparameters import hyperparameters, values_of
 from fused_adamw.registration import Member, RegisteredList
+from fused_adamw.schedules import Schedule, from_description
+from fused_adamw.weight_decay import convert_weight_decay
 
 PARAM_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_PLAIN = frozenset({float, int, bool, str})
+_PLAIN = frozenset({float, int, bool, str, type(None)})
+_FLAG = "decoupled_weight_decay"  # torch's name for the convention of decay, kept in checkpoints
 Loss = TypeVar("Loss")
 States = defaultdict[Tensor, dict[str, Any]]
 
@@ -29,13 +33,24 @@ States = defaultdict[Tensor, dict[str, Any]]
 class FusedOptimizer(Optimizer):
     """An optimizer whose step is one pass over all its parameters by one of the engines.
 
-    A subclass names the states of its rule and turns a param group into hyperparameters. States
-    are created, like torch's, when a parameter first has a gradient.
+    A subclass names its rule and the states that it keeps. States are created, like torch's, when a
+    parameter first has a gradient.
     """
 
+    # How the extension calls the rule.
+    _rule: str
     # What a group of a checkpoint must have, and its states may have, to be of this algorithm.
     _group_keys: frozenset[str]
     _known_states: frozenset[str]
+    # Whether a parameter's state has the number of steps it has taken, as "step".
+    _counts = True
+    # What reads the values of a group that make its hyperparameters, as a tuple.
+    _values: Callable[[dict[str, Any]], tuple[Any, ...]]
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        if hasattr(cls, "_rule"):
+            cls._values = staticmethod(values_of(cls._rule))
 
     def __init__(
         self,
@@ -54,16 +69,36 @@ class FusedOptimizer(Optimizer):
         self._known: dict[int, tuple[tuple[Any, ...], _C.Hyperparameters]] = {}
         super().__init__(params, defaults)
 
-    # The values of a group that make its hyperparameters, as a tuple.
-    _values: Callable[[dict[str, Any]], tuple[Any, ...]]
-
-    @abstractmethod
     def _hyperparameters(self, group: dict[str, Any]) -> _C.Hyperparameters:
         """The values of a group, checked."""
+        if group.get(_FLAG, self._decouples(group)) != self._decouples(group):
+            raise ValueError(
+                f"{_FLAG}: found {group[_FLAG]!r} beside decay {group['decay']!r}, accepted: "
+                f"{self._decouples(group)}, or only one of them"
+            )
+        schedule = group["schedule"]
+        if schedule is not None and not isinstance(schedule, Schedule):
+            raise TypeError(
+                f"schedule: found {schedule!r}, accepted: None or one of fused_adamw.schedules"
+            )
+        if group["differentiable"]:
+            raise RuntimeError(
+                "differentiable: found True, accepted: False (a fused update has no derivative)"
+            )
+        return hyperparameters(self._rule, group)
 
     @abstractmethod
     def _state_names(self, group: dict[str, Any]) -> tuple[str, ...]:
-        """The keys of what the rule keeps for a parameter, in the order of its slots."""
+        """The keys of the arrays that the rule keeps for a parameter, in the order of its slots."""
+
+    def _initial_value(self, name: str, group: dict[str, Any]) -> float:
+        """What a state is filled with at first."""
+        return 0.0
+
+    @property
+    def _scalar(self) -> str | None:
+        """The key of the number that the rule carries from step to step, if it carries one."""
+        return _C.RULES[self._rule][1]
 
     # --- State and param groups ------------------------------------------------------------------
 
@@ -89,6 +124,8 @@ class FusedOptimizer(Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a param group, as in torch; refused whole if anything in it cannot be used."""
+        if isinstance(param_group, dict) and _FLAG in self.defaults:
+            param_group.setdefault(_FLAG, self._decouples(param_group))
         count = len(self.param_groups)
         self._refuse_repeated(param_group)
         try:
@@ -126,12 +163,20 @@ class FusedOptimizer(Optimizer):
     def _check_group(self, index: int) -> None:
         group = self.param_groups[index]
         for i, param in enumerate(group["params"]):
-            if param.dtype not in PARAM_DTYPES:
+            if param.requires_grad and param.dtype not in PARAM_DTYPES:
                 label = _label(self._count_params(index) + i, group, i)
                 raise TypeError(
                     f"{label} has dtype {param.dtype}; accepted: float32, bfloat16, float16"
                 )
         self._checked_hyperparameters(index)
+
+    def _decouples(self, group: dict[str, Any]) -> bool:
+        """The convention of decay in torch's terms."""
+        return bool(group.get("decay", self.defaults["decay"]) != "l2")
+
+    def _torch_decay(self, group: dict[str, Any]) -> str:
+        """The convention of torch's optimizer of this name."""
+        return "l2" if group["decay"] == "l2" else "lr"
 
     def _checked_hyperparameters(self, index: int) -> _C.Hyperparameters:
         try:
@@ -164,19 +209,25 @@ class FusedOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        hyperparameters = [self._current(index) for index in range(len(self.param_groups))]
+        for group in self.param_groups:
+            if group["schedule"] is not None:
+                group["schedule_multiplier"] = group["schedule"](group["schedule_step"])
+        current = [self._current(index) for index in range(len(self.param_groups))]
         registered = self._registered
         if (
             registered is None
             or not registered.native.matches(self._param_lists(), self._state)
-            or not registered.step(hyperparameters)
+            or not registered.step(current)
         ):
-            self._register_and_step(hyperparameters)
+            self._register_and_step(current)
+        for group in self.param_groups:
+            group["schedule_step"] += 1
         return loss
 
     def _current(self, index: int) -> _C.Hyperparameters:
         """The hyperparameters of a group: those of the last step where its values are the same."""
-        values = self._values(self.param_groups[index])
+        group = self.param_groups[index]
+        values = (*self._values(group), group["differentiable"], group.get(_FLAG))
         if not all(map(_is_plain, values)):
             return self._checked_hyperparameters(index)
         known = self._known.get(index)
@@ -211,24 +262,40 @@ class FusedOptimizer(Optimizer):
     def _param_lists(self) -> list[list[Tensor]]:
         return [group["params"] for group in self.param_groups]
 
-    def _register_and_step(self, hyperparameters: list[_C.Hyperparameters]) -> None:
+    def _register_and_step(self, current: list[_C.Hyperparameters]) -> None:
         """Steps over a new registration, which is kept for the steps that follow."""
         new: list[tuple[Tensor, bool]] = []  # and whether it had an empty state
+        registered = None
         try:
             members: list[Member] = []
             for index, group in enumerate(self.param_groups):
                 names = self._state_names(group)
+                stateless = not names and not self._counts and self._scalar is None
                 for i, param in enumerate(group["params"]):
-                    if param.grad is not None and not self._state.get(param):
+                    fresh = False
+                    if param.grad is not None and not stateless and not self._state.get(param):
                         new.append((param, param in self._state))
-                        self._state[param].update(self._initial_state(param, names))
-                    label = _label(len(members), group, i)
-                    state = self._state.get(param) or None
-                    members.append(Member(param, state, names, index, label))
+                        self._state[param].update(self._initial_state(param, group))
+                        fresh = True
+                    members.append(
+                        Member(
+                            param,
+                            {} if stateless else self._state.get(param) or None,
+                            names,
+                            index,
+                            _label(len(members), group, i),
+                            counts=self._counts,
+                            scalar=self._scalar,
+                            fresh=fresh,
+                            active=param.requires_grad or param.grad is not None,
+                        )
+                    )
             registered = RegisteredList(members, self.engine)
-            if not registered.step(hyperparameters):
+            if not registered.step(current):
                 raise RuntimeError("a tensor was given other memory while the step was under way")
-        except Exception:
+        except BaseException:
+            if registered is not None and registered.started:
+                raise  # an engine failed: what it has written stands
             for param, had_state in new:
                 self._state[param].clear()
                 if not had_state:
@@ -237,15 +304,31 @@ class FusedOptimizer(Optimizer):
         registered.native.remember(self._param_lists(), self._state)
         self._registered = registered
 
-    def _initial_state(self, param: Tensor, names: tuple[str, ...]) -> dict[str, Any]:
-        state: dict[str, Any] = {"step": torch.zeros((), dtype=torch.float32, device="cpu")}
-        for name in names:
-            state[name] = torch.zeros_like(
-                param, dtype=self.state_dtype, memory_format=torch.preserve_format
+    def _initial_state(self, param: Tensor, group: dict[str, Any]) -> dict[str, Any]:
+        state: dict[str, Any] = {}
+        if self._counts:
+            state["step"] = torch.zeros((), dtype=torch.float32, device="cpu")
+        if self._scalar is not None:
+            state[self._scalar] = torch.ones((), dtype=torch.float64, device="cpu")
+        for name in self._state_names(group):
+            state[name] = torch.full_like(
+                param,
+                self._initial_value(name, group),
+                dtype=self.state_dtype,
+                memory_format=torch.preserve_format,
+                requires_grad=False,
             )
         return state
 
     # --- Checkpoints -----------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state as in torch, with schedules as plain data: `schedules.Schedule.describe`."""
+        found = super().state_dict()
+        for group in found["param_groups"]:
+            if isinstance(group["schedule"], Schedule):
+                group["schedule"] = group["schedule"].describe()
+        return found
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads a state dict of this class or of torch's optimizer of the same rule, whole or not.
@@ -297,6 +380,8 @@ class FusedOptimizer(Optimizer):
                 )
             new = deepcopy({key: value for key, value in saved.items() if key != "params"})
             self._adopt_group(where, group, new)
+            if isinstance(new["schedule"], Mapping):
+                new["schedule"] = from_description(new["schedule"])
             new["params"] = group["params"]
             if "param_names" in group:
                 new.setdefault("param_names", group["param_names"])
@@ -309,9 +394,39 @@ class FusedOptimizer(Optimizer):
 
     def _adopt_group(self, where: str, group: dict[str, Any], new: dict[str, Any]) -> None:
         """Completes a loaded group by what torch's checkpoints lack; refuses another convention."""
+        if "decay" not in new:  # a checkpoint of torch, whose flag is younger than its AdamW
+            new["decay"] = decay_of_flag(new[_FLAG]) if _FLAG in new else self._torch_decay(group)
+        if new["decay"] != group["decay"]:
+            raise ValueError(
+                f"{where} has decay {new['decay']!r}, this optimizer {group['decay']!r}: "
+                "the same weight_decay means something else; accepted: the same convention. "
+                + self._equivalent(new, group["decay"])
+            )
         for key, value in group.items():
             if key in self.defaults:
                 new.setdefault(key, value)
+
+    def _equivalent(self, saved: dict[str, Any], decay: str) -> str:
+        """The weight decay of a saved group in another convention, as a sentence."""
+        try:
+            converted = convert_weight_decay(
+                float(saved["weight_decay"]),
+                source=saved["decay"],
+                target=decay,
+                lr=float(saved["lr"]),
+                schedule_multiplier=float(saved.get("schedule_multiplier", 1.0)),
+                plain_sgd=self._is_plain_sgd(saved),
+            )
+        except (TypeError, ValueError) as error:
+            return f"There is no equivalent in {decay!r}: {error}"
+        return (
+            f"At its learning rate, weight_decay {saved['weight_decay']} there is "
+            f"{converted:.9g} in {decay!r}"
+        )
+
+    def _is_plain_sgd(self, group: dict[str, Any]) -> bool:
+        """Whether decay by L2 is a factor of the parameter."""
+        return False
 
     def _loaded_states(self, state_dict: dict[str, Any], groups: list[dict[str, Any]]) -> States:
         saved_ids = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
@@ -335,20 +450,26 @@ class FusedOptimizer(Optimizer):
     def _loaded_state(
         self, where: str, param: Tensor, names: tuple[str, ...], saved: dict[str, Any]
     ) -> dict[str, Any]:
-        found, needed = set(saved), {"step", *names}
+        needed = {*names, *(["step"] if self._counts else [])}
+        if self._scalar is not None:
+            needed.add(self._scalar)
+        saved = {name: value for name, value in saved.items() if value is not None}
+        found = set(saved)
         if not needed <= found <= needed | self._known_states:
             raise ValueError(
                 f"{where} is of another algorithm than {type(self).__name__}: "
                 f"found states {sorted(found)}, accepted: {sorted(needed)}"
             )
-        state: dict[str, Any] = {"step": _loaded_step(where, saved["step"])}
-        for name in saved:
-            if name != "step":
-                _check_loaded(f"{where}: '{name}'", saved[name], param)
-                state[name] = (
-                    saved[name]
-                    .detach()
-                    .to(device=param.device, dtype=self.state_dtype or param.dtype, copy=True)
+        state: dict[str, Any] = {}
+        for name, value in saved.items():
+            if name == "step":
+                state[name] = _loaded_scalar(where, name, value, torch.float32)
+            elif name == self._scalar:
+                state[name] = _loaded_scalar(where, name, value, torch.float64)
+            else:
+                _check_loaded(f"{where}: '{name}'", value, param)
+                state[name] = value.detach().to(
+                    device=param.device, dtype=self.state_dtype or param.dtype, copy=True
                 )
         return state
 
@@ -363,6 +484,11 @@ class FusedOptimizer(Optimizer):
         self._known = {}
 
 
+def decay_of_flag(decoupled: bool) -> str:
+    """The convention that torch's flag names."""
+    return "lr" if decoupled else "l2"
+
+
 def _is_plain(value: Any) -> bool:
     """Whether a value cannot change in place, as a tensor can."""
     kind = type(value)
@@ -374,15 +500,17 @@ def _label(index: int, group: dict[str, Any], place: int) -> str:
     return f"parameter {index}" + (f" ('{names[place]}')" if names else "")
 
 
-def _loaded_step(where: str, step: Any) -> Tensor:
+def _loaded_scalar(where: str, name: str, value: Any, dtype: torch.dtype) -> Tensor:
     try:
-        count = float(step)
+        number = float(value)
     except (RuntimeError, TypeError, ValueError):
-        found = f"a tensor of shape {tuple(step.shape)}" if isinstance(step, Tensor) else repr(step)
-        raise ValueError(f"{where} has a step of {found}, accepted: one number") from None
-    if not 0 <= count < math.inf:
-        raise ValueError(f"{where} has a step of {count}, accepted: a finite number >= 0")
-    return torch.tensor(count, dtype=torch.float32)
+        found = (
+            f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
+        )
+        raise ValueError(f"{where} has a {name} of {found}, accepted: one number") from None
+    if not 0 <= number < math.inf:
+        raise ValueError(f"{where} has a {name} of {number}, accepted: a finite number >= 0")
+    return torch.tensor(number, dtype=dtype)
 
 
 def _check_loaded(where: str, value: Any, param: Tensor) -> None:

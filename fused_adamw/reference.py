@@ -1,17 +1,20 @@
 """NumPy reference of the update rules: the judge of truth in float64, of bits in float32.
 
 Written from the papers and from the arithmetic contract alone, with NumPy as its only import, so
-that it shares no code with the engines it is there to check. Every rule takes a ``dtype``: float64
-gives the truth, float32 the very bits that each engine must return, since NumPy rounds each
-``+ - * /`` and square root on its own.
+that it shares no code with the engines it is there to check. In float64 a rule gives the truth, in
+float32 the very bits that each engine must return, since NumPy rounds each ``+ - * /`` and square
+root on its own.
 
-A family of rules is a dataclass of coefficients, a function that computes them from the
-hyperparameters and the step, and a function that applies them to arrays.
+A rule is one function: of `number`, which rounds a coefficient once from binary64 to the computing
+dtype, of the param, its gradient and its states, and of the hyperparameters. It returns the new
+param and states. The arrays may be anything that has the operators and NumPy's functions: tests
+pass numbers that carry a bound of their error.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, TypeAlias
 
@@ -20,6 +23,7 @@ from numpy.typing import ArrayLike, NDArray
 
 Array: TypeAlias = NDArray[Any]
 Precision: TypeAlias = type[np.float32] | type[np.float64]
+Number: TypeAlias = Callable[[float], Any]
 
 # --- Storage: how a number lives in memory -------------------------------------------------------
 
@@ -63,35 +67,7 @@ def store(values: NDArray[np.float32], dtype: str) -> Array:
     return np.where(np.isnan(narrowed), narrowed.dtype.type(np.nan), narrowed)
 
 
-# --- Adam family ---------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class AdamCoefficients:
-    """The scalars of one step of the Adam family, each rounded once to the computing dtype.
-
-    ``param <- d * param - (a * exp_avg) / (sqrt(exp_avg_sq) + eps)``
-
-    To maximize, ``l2`` and ``c1`` are negative, which is exactly a gradient of the other sign.
-    """
-
-    l2: np.floating[Any]
-    b1: np.floating[Any]
-    c1: np.floating[Any]
-    b2: np.floating[Any]
-    c2: np.floating[Any]
-    eps: np.floating[Any]
-    d: np.floating[Any]
-    a: np.floating[Any]
-
-
-class AdamArrays(NamedTuple):
-    """What a step of the Adam family returns: new arrays in the computing dtype."""
-
-    param: Array
-    exp_avg: Array
-    exp_avg_sq: Array
-    max_exp_avg_sq: Array | None
+# --- What rules share ----------------------------------------------------------------------------
 
 
 def power(base: float, exponent: int) -> float:
@@ -105,7 +81,76 @@ def power(base: float, exponent: int) -> float:
     return result
 
 
+class Decayed(NamedTuple):
+    """Decay as factors: of what is added to the gradient, of the parameter, of the step."""
+
+    l2: float
+    keep: float
+    step: float
+
+
+def decayed(decay: str, lr: float, schedule_multiplier: float, weight_decay: float) -> Decayed:
+    """The four conventions; ``adamw`` says what they are."""
+    if decay == "lr":
+        return Decayed(0.0, 1.0 - schedule_multiplier * lr * weight_decay, 1.0)
+    if decay == "decoupled":
+        return Decayed(0.0, 1.0 - schedule_multiplier * weight_decay, 1.0)
+    if decay == "l2":
+        return Decayed(weight_decay, 1.0, 1.0)
+    if decay == "proximal":
+        keep = 1.0 / (1.0 + schedule_multiplier * weight_decay)
+        return Decayed(0.0, keep, keep)
+    raise ValueError(f'decay is {decay!r}; accepted: "lr", "decoupled", "l2", "proximal"')
+
+
+def _effective(number: Number, grad: Any, param: Any, maximize: bool, l2: float) -> Any:
+    """The gradient of the right sign, with decay by L2."""
+    g = number(-1.0 if maximize else 1.0) * grad
+    # Where there is no decay an infinite parameter must not make a NaN of the gradient.
+    return g if number(l2) == number(0.0) else g + number(l2) * param
+
+
+def _larger(x: Any, y: Any) -> Any:
+    """The larger of two, the second of two zeros; a NaN stays visible."""
+    if isinstance(x, np.ndarray):
+        return np.where((x > y) | np.isnan(x), x, y)
+    return np.maximum(x, y)  # which does not say which of two zeros it takes
+
+
+def _sign(x: Any) -> Any:
+    """1, -1 or x itself, which is a zero or a NaN."""
+    if isinstance(x, np.ndarray):
+        one = x.dtype.type(1)
+        return np.where(x > 0, one, np.where(x < 0, -one, x))
+    return np.sign(x)
+
+
+# --- Adam family ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class AdamCoefficients:
+    """The scalars of one step of the Adam family, each rounded once to the computing dtype.
+
+    ``param <- d * param - (a * exp_avg + b * grad) / (sqrt(exp_avg_sq) + eps)``
+
+    To maximize, ``l2``, ``c1`` and ``b`` are negative, which is exactly a gradient of the other
+    sign.
+    """
+
+    l2: Any
+    b1: Any
+    c1: Any
+    b2: Any
+    c2: Any
+    eps: Any
+    d: Any
+    a: Any
+    b: Any
+
+
 def adam_coefficients(
+    number: Number,
     *,
     step: int,
     lr: float,
@@ -116,37 +161,359 @@ def adam_coefficients(
     schedule_multiplier: float = 1.0,
     decay: str = "lr",
     maximize: bool = False,
-    dtype: Precision = np.float32,
 ) -> AdamCoefficients:
     """Computes the coefficients in binary64 and rounds each once; see `adamw` for the arguments."""
-    alpha = schedule_multiplier * lr
-    root_bias2 = math.sqrt(1.0 - power(beta2, step))
-    a = alpha * root_bias2 / (1.0 - power(beta1, step))
+    root = math.sqrt(1.0 - power(beta2, step))
+    factors = decayed(decay, lr, schedule_multiplier, weight_decay)
     sign = -1.0 if maximize else 1.0
-    l2 = 0.0
-    if decay == "lr":
-        d = 1.0 - alpha * weight_decay
-    elif decay == "decoupled":
-        d = 1.0 - schedule_multiplier * weight_decay
-    elif decay == "l2":
-        d = 1.0
-        l2 = weight_decay
-    elif decay == "proximal":
-        d = 1.0 / (1.0 + schedule_multiplier * weight_decay)
-        a *= d
-    else:
-        raise ValueError(f'decay is {decay!r}; accepted: "lr", "decoupled", "l2", "proximal"')
     with np.errstate(all="ignore"):
         return AdamCoefficients(
-            l2=dtype(sign * l2),
-            b1=dtype(beta1),
-            c1=dtype(sign * (1.0 - beta1)),
-            b2=dtype(beta2),
-            c2=dtype(1.0 - beta2),
-            eps=dtype(eps * root_bias2),
-            d=dtype(d),
-            a=dtype(a),
+            l2=number(sign * factors.l2),
+            b1=number(beta1),
+            c1=number(sign * (1.0 - beta1)),
+            b2=number(beta2),
+            c2=number(1.0 - beta2),
+            eps=number(eps * root),
+            d=number(factors.keep),
+            a=number(schedule_multiplier * lr * root / (1.0 - power(beta1, step)) * factors.step),
+            b=number(0.0),
         )
+
+
+def _adam_update(
+    k: AdamCoefficients,
+    adds_decay: bool,
+    nesterov: bool,
+    param: Any,
+    grad: Any,
+    exp_avg: Any,
+    exp_avg_sq: Any,
+    max_exp_avg_sq: Any = None,
+) -> tuple[Any, ...]:
+    """Algorithm 2 of arXiv 1711.05101, rearranged; the line numbers are the paper's."""
+    p, g, m, v = param, grad, exp_avg, exp_avg_sq
+    if adds_decay:
+        g = g + k.l2 * p  # line 6
+    m = k.b1 * m + k.c1 * g  # line 7
+    v = k.b2 * v + (k.c2 * g) * g  # line 8
+    w = v if max_exp_avg_sq is None else _larger(v, max_exp_avg_sq)
+    step = k.a * m
+    if nesterov:
+        step = step + k.b * g
+    p = k.d * p - step / (np.sqrt(w) + k.eps)  # lines 9 to 12
+    return (p, m, v) if max_exp_avg_sq is None else (p, m, v, w)
+
+
+def adam(
+    number: Number,
+    *arrays: Any,
+    amsgrad: bool = False,
+    **hyperparameters: Any,
+) -> tuple[Any, ...]:
+    """AdamW, Adam with L2, AdamProx, AMSGrad; `adamw` says what the hyperparameters are.
+
+    Args:
+        number: see the first lines of this file.
+        arrays: param, grad, exp_avg, exp_avg_sq and, with amsgrad, max_exp_avg_sq.
+        amsgrad: whether the running maximum of the second moment divides.
+        hyperparameters: those of `adam_coefficients`.
+    """
+    k = adam_coefficients(number, **hyperparameters)
+    adds_decay = hyperparameters["decay"] == "l2" and hyperparameters["weight_decay"] != 0.0
+    return _adam_update(k, adds_decay, False, *arrays[: 5 if amsgrad else 4])
+
+
+def momentum_schedule(beta1: float, momentum_decay: float, step: int) -> float:
+    """mu_t of Dozat's Nadam: ``beta1 (1 - 0.96^(t psi) / 2)``."""
+    return float(beta1 * (1.0 - 0.5 * 0.96 ** (step * momentum_decay)))
+
+
+def nadam(
+    number: Number,
+    param: Any,
+    grad: Any,
+    exp_avg: Any,
+    exp_avg_sq: Any,
+    *,
+    step: int,
+    scalar: float,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    schedule_multiplier: float,
+    decay: str,
+    momentum_decay: float,
+    scheduled_average: bool,
+    maximize: bool,
+) -> tuple[Any, ...]:
+    """Nadam of Dozat, Incorporating Nesterov Momentum into Adam (2016), and NadamW.
+
+    Args beside those of `adamw`:
+        scalar: the product of mu_1 to mu_{t-1}.
+        momentum_decay: psi in the schedule of mu_t.
+        scheduled_average: whether the first moment is averaged with mu_t, as in the paper, or with
+            beta1, as in torch.
+    """
+    mu = momentum_schedule(beta1, momentum_decay, step)
+    following = momentum_schedule(beta1, momentum_decay, step + 1)
+    product = scalar * mu
+    average = mu if scheduled_average else beta1
+    root = math.sqrt(1.0 - power(beta2, step))
+    factors = decayed(decay, lr, schedule_multiplier, weight_decay)
+    rate = schedule_multiplier * lr * root * factors.step
+    sign = -1.0 if maximize else 1.0
+    k = AdamCoefficients(
+        l2=number(sign * factors.l2),
+        b1=number(average),
+        c1=number(sign * (1.0 - average)),
+        b2=number(beta2),
+        c2=number(1.0 - beta2),
+        eps=number(eps * root),
+        d=number(factors.keep),
+        a=number(rate * following / (1.0 - product * following)),
+        b=number(sign * (rate * (1.0 - mu) / (1.0 - product))),
+    )
+    adds_decay = decay == "l2" and weight_decay != 0.0
+    return _adam_update(k, adds_decay, True, param, grad, exp_avg, exp_avg_sq)
+
+
+# --- The other rules -----------------------------------------------------------------------------
+
+
+def sgd(
+    number: Number,
+    param: Any,
+    grad: Any,
+    momentum_buffer: Any = None,
+    *,
+    step: int,
+    lr: float,
+    momentum: float,
+    dampening: float,
+    weight_decay: float,
+    schedule_multiplier: float,
+    decay: str,
+    nesterov: bool,
+    lr_in_momentum: bool,
+    maximize: bool,
+) -> tuple[Any, ...]:
+    """Algorithm 1 of arXiv 1711.05101 (SGDW, SGD with L2), and torch.optim.SGD.
+
+    Args beside those of `adamw`:
+        momentum: mu; beta1 in the paper.
+        dampening: of what enters the buffer after the first step.
+        nesterov: whether the step looks ahead by mu times the buffer.
+        lr_in_momentum: whether eta times lr is inside the buffer, as in the paper's line 8.
+    """
+    factors = decayed(decay, lr, schedule_multiplier, weight_decay)
+    rate = schedule_multiplier * lr
+    inside, outside = (rate, 1.0) if lr_in_momentum and momentum != 0.0 else (1.0, rate)
+    g = _effective(number, grad, param, maximize, factors.l2)  # line 6
+    d, a = number(factors.keep), number(outside * factors.step)
+    if momentum == 0.0:
+        return (d * param - a * g,)
+    mu = number(momentum)
+    m = mu * momentum_buffer + number(inside if step == 1 else inside * (1.0 - dampening)) * g
+    u = number(inside) * g + mu * m if nesterov and number(inside) != number(0.0) else m
+    return d * param - a * u, m  # line 9
+
+
+def rmsprop(
+    number: Number,
+    param: Any,
+    grad: Any,
+    square_avg: Any,
+    *others: Any,
+    step: int,
+    lr: float,
+    alpha: float,
+    eps: float,
+    weight_decay: float,
+    momentum: float,
+    centered: bool,
+    schedule_multiplier: float,
+    decay: str,
+    maximize: bool,
+) -> tuple[Any, ...]:
+    """RMSprop (Hinton, lecture 6, 2012), centered (Graves, arXiv 1308.0850), with momentum.
+
+    Args beside those of `adamw`:
+        others: grad_avg where centered, then momentum_buffer where there is momentum.
+        alpha: the smoothing factor.
+        momentum: of the buffer of quotients.
+        centered: whether the squared mean of the gradient is subtracted from its second moment.
+    """
+    factors = decayed(decay, lr, schedule_multiplier, weight_decay)
+    rho, c = number(alpha), number(1.0 - alpha)
+    g = _effective(number, grad, param, maximize, factors.l2)
+    n = variance = rho * square_avg + (c * g) * g
+    states = [n]
+    if centered:
+        mean = rho * others[0] + c * g
+        variance = _larger(n - mean * mean, number(0.0))  # rounding may take it below
+        states.append(mean)
+    scaled = np.sqrt(variance) + number(eps)
+    d, a = number(factors.keep), number(schedule_multiplier * lr * factors.step)
+    if momentum == 0.0:
+        return (d * param - (a * g) / scaled, *states)
+    buffer = number(momentum) * others[-1] + g / scaled
+    return (d * param - a * buffer, *states, buffer)
+
+
+def adagrad(
+    number: Number,
+    param: Any,
+    grad: Any,
+    sum: Any,
+    *,
+    step: int,
+    lr: float,
+    lr_decay: float,
+    weight_decay: float,
+    eps: float,
+    schedule_multiplier: float,
+    decay: str,
+    maximize: bool,
+) -> tuple[Any, ...]:
+    """Adagrad (Duchi, Hazan & Singer, 2011) with torch's eps, which is outside the root.
+
+    Args beside those of `adamw`:
+        lr_decay: the learning rate is divided by 1 + (t - 1) lr_decay.
+    """
+    lr = lr / (1.0 + (step - 1) * lr_decay)
+    factors = decayed(decay, lr, schedule_multiplier, weight_decay)
+    g = _effective(number, grad, param, maximize, factors.l2)
+    total = sum + g * g
+    a = number(schedule_multiplier * lr * factors.step)
+    return number(factors.keep) * param - (a * g) / (np.sqrt(total) + number(eps)), total
+
+
+def adadelta(
+    number: Number,
+    param: Any,
+    grad: Any,
+    square_avg: Any,
+    acc_delta: Any,
+    *,
+    step: int,
+    lr: float,
+    rho: float,
+    eps: float,
+    weight_decay: float,
+    schedule_multiplier: float,
+    decay: str,
+    maximize: bool,
+) -> tuple[Any, ...]:
+    """Adadelta (Zeiler, arXiv 1212.5701, Algorithm 1), whose line numbers are given.
+
+    Args beside those of `adamw`:
+        rho: decay of both averages.
+    """
+    factors = decayed(decay, lr, schedule_multiplier, weight_decay)
+    r, c, e = number(rho), number(1.0 - rho), number(eps)
+    g = _effective(number, grad, param, maximize, factors.l2)
+    n = r * square_avg + (c * g) * g  # line 4
+    delta = (np.sqrt(acc_delta + e) / np.sqrt(n + e)) * g  # line 5
+    acc = r * acc_delta + (c * delta) * delta  # line 6
+    a = number(schedule_multiplier * lr * factors.step)
+    return number(factors.keep) * param - a * delta, n, acc  # line 7
+
+
+def adamax(
+    number: Number,
+    param: Any,
+    grad: Any,
+    exp_avg: Any,
+    exp_inf: Any,
+    *,
+    step: int,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    schedule_multiplier: float,
+    decay: str,
+    maximize: bool,
+) -> tuple[Any, ...]:
+    """Adamax (Kingma & Ba, arXiv 1412.6980, Algorithm 2) with torch's eps, which is added to |g|."""
+    factors = decayed(decay, lr, schedule_multiplier, weight_decay)
+    g = _effective(number, grad, param, maximize, factors.l2)
+    m = number(beta1) * exp_avg + number(1.0 - beta1) * g
+    u = _larger(np.abs(g) + number(eps), number(beta2) * exp_inf)
+    a = number(schedule_multiplier * lr / (1.0 - power(beta1, step)) * factors.step)
+    return number(factors.keep) * param - (a * m) / u, m, u
+
+
+def lion(
+    number: Number,
+    param: Any,
+    grad: Any,
+    exp_avg: Any,
+    *,
+    step: int,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    weight_decay: float,
+    schedule_multiplier: float,
+    decay: str,
+    maximize: bool,
+) -> tuple[Any, ...]:
+    """Lion (Chen et al., arXiv 2302.06675, Algorithm 2)."""
+    factors = decayed(decay, lr, schedule_multiplier, weight_decay)
+    g = _effective(number, grad, param, maximize, factors.l2)
+    direction = _sign(number(beta1) * exp_avg + number(1.0 - beta1) * g)
+    m = number(beta2) * exp_avg + number(1.0 - beta2) * g
+    a = number(schedule_multiplier * lr * factors.step)
+    return number(factors.keep) * param - a * direction, m
+
+
+RULES: dict[str, Callable[..., tuple[Any, ...]]] = {
+    "adam": adam,
+    "nadam": nadam,
+    "sgd": sgd,
+    "rmsprop": rmsprop,
+    "adagrad": adagrad,
+    "adadelta": adadelta,
+    "adamax": adamax,
+    "lion": lion,
+}
+"""The rules by the name that the extension knows them by."""
+
+CARRIES = frozenset({"nadam"})
+"""Those that take a ``scalar``, which they carry from step to step."""
+
+
+def update(
+    rule: str, *arrays: ArrayLike, dtype: Precision = np.float32, **hyperparameters: Any
+) -> tuple[Array, ...]:
+    """One step of a rule.
+
+    Args:
+        rule: a key of `RULES`.
+        arrays: param, grad and the states, of one shape.
+        dtype: what all the arithmetic is done in; the arrays are converted to it first.
+        hyperparameters: those of the rule, and ``step``, the number of this step, from 1.
+
+    Returns:
+        The new param and states.
+    """
+    with np.errstate(all="ignore"):
+        converted = [np.asarray(array, dtype) for array in arrays]
+        updated = RULES[rule](dtype, *converted, **hyperparameters)
+    return tuple(np.asarray(array, dtype) for array in updated)
+
+
+class AdamArrays(NamedTuple):
+    """What a step of `adamw` returns: new arrays in the computing dtype."""
+
+    param: Array
+    exp_avg: Array
+    exp_avg_sq: Array
+    max_exp_avg_sq: Array | None
 
 
 def adamw(
@@ -193,32 +560,25 @@ def adamw(
     Raises:
         ValueError: ``decay`` is unknown.
     """
-    k = adam_coefficients(
-        step=step,
-        lr=lr,
-        beta1=beta1,
-        beta2=beta2,
-        eps=eps,
-        weight_decay=weight_decay,
-        schedule_multiplier=schedule_multiplier,
-        decay=decay,
-        maximize=maximize,
-        dtype=dtype,
+    maxima = [] if max_exp_avg_sq is None else [max_exp_avg_sq]
+    updated: list[Any] = list(
+        update(
+            "adam",
+            *(param, grad, exp_avg, exp_avg_sq, *maxima),
+            dtype=dtype,
+            amsgrad=bool(maxima),
+            step=step,
+            lr=lr,
+            beta1=beta1,
+            beta2=beta2,
+            eps=eps,
+            weight_decay=weight_decay,
+            schedule_multiplier=schedule_multiplier,
+            decay=decay,
+            maximize=maximize,
+        )
     )
-    with np.errstate(all="ignore"):
-        arrays: list[Array] = [np.asarray(x, dtype) for x in (param, grad, exp_avg, exp_avg_sq)]
-        p, g, m, v = arrays
-        if decay == "l2" and weight_decay != 0.0:
-            g = g + k.l2 * p  # line 6
-        m = k.b1 * m + k.c1 * g  # line 7
-        v = k.b2 * v + (k.c2 * g) * g  # line 8
-        x = None
-        if max_exp_avg_sq is not None:
-            x = np.asarray(max_exp_avg_sq, dtype)
-            x = np.where((v > x) | np.isnan(v), v, x)
-        w = v if x is None else x
-        p = k.d * p - (k.a * m) / (np.sqrt(w) + k.eps)  # lines 9 to 12
-    return AdamArrays(np.asarray(p), np.asarray(m), np.asarray(v), x)
+    return AdamArrays(*updated, *([] if maxima else [None]))
 
 
 def algorithm_2(

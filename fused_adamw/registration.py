@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import threading
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -54,8 +55,12 @@ class Member:
 
     Attributes:
         param: the tensor.
-        state: its state: "step" and what the rule keeps; ``None`` before the first step.
-        names: the keys of what the rule keeps, in the order of its slots.
+        state: its state; ``None`` where it is to be created.
+        names: the keys of the arrays in it, in the order of the rule's slots.
+        counts: whether it has a "step", the number of steps taken.
+        scalar: the key of the number that the rule carries from step to step, if it carries one.
+        fresh: whether the state has been created for this step.
+        active: whether it can have a gradient; what cannot may be of any kind.
         group: index of its param group.
         label: how messages call it.
     """
@@ -65,6 +70,10 @@ class Member:
     names: tuple[str, ...]
     group: int
     label: str
+    counts: bool = True
+    scalar: str | None = None
+    fresh: bool = False
+    active: bool = True
 
 
 @dataclass(eq=False)
@@ -80,6 +89,8 @@ class RegisteredList:
     members: Sequence[Member]
     engine: str
     native: _C.ParameterList = field(init=False)
+    started: bool = field(init=False, default=False)  # whether an engine has been called
+    _lock: threading.Lock = field(init=False, default_factory=threading.Lock)
     _runs: dict[tuple[int, int], Run] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -87,6 +98,10 @@ class RegisteredList:
             params=[member.param for member in self.members],
             states=[member.state for member in self.members],
             names=[member.names for member in self.members],
+            counts=[member.counts for member in self.members],
+            scalars=[member.scalar for member in self.members],
+            fresh=[member.fresh for member in self.members],
+            active=[member.active for member in self.members],
             groups=[member.group for member in self.members],
             labels=[member.label for member in self.members],
             restride=restride,
@@ -107,15 +122,18 @@ class RegisteredList:
 
         Raises:
             TypeError, ValueError, RuntimeError: for a gradient that cannot be used, naming the
-                parameter; nothing has been written then.
+                parameter; nothing has been written then. Should an engine itself fail, the buckets
+                before have been stepped and counted.
         """
-        if not self.native.gather(hyperparameters, grads):
-            return False
-        buckets = self.native.buckets()
-        runs = [self._run(bucket) for bucket in buckets]
-        for run, bucket in zip(runs, buckets, strict=True):
-            run(bucket, hyperparameters)
-        self.native.commit()
+        with self._lock:  # another thread's step would take the buckets from under an engine
+            if not self.native.gather(hyperparameters, grads):
+                return False
+            buckets = self.native.buckets()
+            runs = [self._run(bucket) for bucket in buckets]
+            self.started = True
+            for run, bucket in zip(runs, buckets, strict=True):
+                run(bucket, hyperparameters)
+                self.native.commit(bucket)
         return True
 
     def _run(self, bucket: _C.Bucket) -> Run:

@@ -3,8 +3,8 @@
 Knows nothing of the rest of the package: torch and triton are its only imports.
 """
 
-from .rules import adam
+from .rules import RULES
 from .storage import INTERPRETED
 from .update import launch
 
-__all__ = ["INTERPRETED", "adam", "launch"]
+__all__ = ["INTERPRETED", "RULES", "launch"]

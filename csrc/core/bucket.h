@@ -4,7 +4,6 @@
 #include <cstdint>
 #include <vector>
 
-#include "core/rule_variant.h"
 #include "storage/format.h"
 
 namespace fused_adamw {
@@ -21,10 +20,11 @@ struct TensorEntry {
   std::int32_t row;    // index into Bucket::coefficients, in rows
   std::int32_t group;  // index of the param group
   std::int64_t step;   // t of the rule, counted from 1
+  double scalar;       // what the rule carries from step to step, before this one
 };
 
 struct Bucket {
-  RuleVariant rule;
+  int functor;  // its index in rules/registry.h
   Format format;
   int device_type = 0;  // DLPack's codes
   int device_index = 0;

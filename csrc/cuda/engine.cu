@@ -1,6 +1,5 @@
 #include <cuda_runtime.h>
 
-#include <stdexcept>
 #include <string>
 
 #include "cuda/check.h"
@@ -37,11 +36,10 @@ std::string version(int code) {
 
 int update(const Bucket& bucket, void* stream) {
   const CurrentDevice current(bucket.device_index);
-  for (const auto launch : {launch_float32, launch_bfloat16, launch_float16}) {
-    const int launches = launch(bucket, static_cast<cudaStream_t>(stream));
-    if (launches != kOtherFormat) return launches;
-  }
-  throw std::logic_error("no CUDA kernel for this storage format");
+  const auto on_stream = static_cast<cudaStream_t>(stream);
+  if (bucket.format.all(Dtype::kFloat32)) return launch_float32(bucket, on_stream);
+  if (bucket.format.all(Dtype::kBfloat16)) return launch_bfloat16(bucket, on_stream);
+  return launch_mixed(bucket, on_stream);
 }
 
 std::string unavailable_reason() {

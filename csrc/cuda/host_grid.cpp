@@ -8,29 +8,41 @@
 
 namespace fused_adamw::cuda {
 
-void update_on_host(const Bucket& bucket) {
-  const DefaultFloatEnvironment environment;  // as on a GPU
-  visit_rule(bucket.rule, [&](auto rule) {
-    using Rule = decltype(rule);
-    visit_format(Formats{}, bucket.format, [&](auto format) {
-      using Format = decltype(format);
-      const auto arguments = std::make_unique<LaunchArguments<Rule>>();
-      for_each_launch<Rule>(bucket, *arguments, [](const auto& launch, std::uint32_t blocks) {
-        for (std::uint32_t block = 0; block < blocks; ++block) {
-          for (int thread = 0; thread < kThreads; ++thread) {
-            update_chunk<Rule, Format>(launch, block, thread);
-          }
+namespace {
+
+template <class Storage>
+void play(const Bucket& bucket) {
+  visit_functor(bucket.functor, [&](auto functor) {
+    using Functor = decltype(functor);
+    const auto arguments = std::make_unique<LaunchArguments<Functor>>();
+    for_each_launch<Functor>(bucket, *arguments, [](const auto& launch, std::uint32_t blocks) {
+      for (std::uint32_t block = 0; block < blocks; ++block) {
+        for (int thread = 0; thread < kThreads; ++thread) {
+          update_chunk<Functor, Storage>(launch, block, thread);
         }
-      });
+      }
     });
   });
 }
 
+}  // namespace
+
+void update_on_host(const Bucket& bucket) {
+  const DefaultFloatEnvironment environment;  // as on a GPU
+  if (bucket.format.all(Dtype::kFloat32)) {
+    play<Uniform<float>>(bucket);
+  } else if (bucket.format.all(Dtype::kBfloat16)) {
+    play<Uniform<bfloat16>>(bucket);
+  } else {
+    play<Mixed>(bucket);
+  }
+}
+
 int count_launches(const Bucket& bucket) {
   int launches = 0;
-  visit_rule(bucket.rule, [&](auto rule) {
-    const auto arguments = std::make_unique<LaunchArguments<decltype(rule)>>();
-    for_each_launch<decltype(rule)>(bucket, *arguments, [&](auto&, auto) { ++launches; });
+  visit_functor(bucket.functor, [&](auto functor) {
+    const auto arguments = std::make_unique<LaunchArguments<decltype(functor)>>();
+    for_each_launch<decltype(functor)>(bucket, *arguments, [&](auto&, auto) { ++launches; });
   });
   return launches;
 }

@@ -1,5 +1,4 @@
-// One entry for each kernels_*.cu: launches the bucket and returns the number of launches, or
-// kOtherFormat where the bucket's format is in another file.
+// One entry for each kernels_*.cu: launches the bucket and returns the number of launches.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -8,10 +7,8 @@
 
 namespace fused_adamw::cuda {
 
-constexpr int kOtherFormat = -1;
-
-int launch_float32(const Bucket& bucket, cudaStream_t stream);
-int launch_bfloat16(const Bucket& bucket, cudaStream_t stream);
-int launch_float16(const Bucket& bucket, cudaStream_t stream);
+int launch_float32(const Bucket& bucket, cudaStream_t stream);   // every array in float32
+int launch_bfloat16(const Bucket& bucket, cudaStream_t stream);  // every array in bfloat16
+int launch_mixed(const Bucket& bucket, cudaStream_t stream);     // any format
 
 }  // namespace fused_adamw::cuda

@@ -21,37 +21,40 @@ constexpr std::int64_t kChunk = 16384;
 constexpr int kArgumentBytes = 32764;
 constexpr int kRows = 128;
 
-template <class Rule>
+template <class Functor>
 struct LaunchArguments {
-  static constexpr int kSlots = kFirstState + Rule::kStates;
+  static constexpr int kSlots = kFirstState + Functor::kStates;
   static constexpr int kBytesPerTensor =
       kSlots * static_cast<int>(sizeof(void*)) + sizeof(std::int64_t) + sizeof(std::uint32_t) + 2;
   static constexpr int kTensors =
-      (kArgumentBytes - kRows * static_cast<int>(sizeof(typename Rule::Coefficients)) - 16) /
+      (kArgumentBytes - kRows * static_cast<int>(sizeof(typename Functor::Coefficients)) - 24) /
       kBytesPerTensor;
 
   void* slot[kSlots][kTensors];
   std::int64_t numel[kTensors];
-  typename Rule::Coefficients rows[kRows];
+  typename Functor::Coefficients rows[kRows];
   std::uint32_t first_chunk[kTensors + 1];  // the last entry in use is the number of blocks
   std::int32_t tensors;
   std::uint16_t row[kTensors];
+  Format format;
 };
 
-template <class Rule>
+template <class Functor>
 constexpr LaunchLimits launch_limits() {
-  using Arguments = LaunchArguments<Rule>;
+  using Arguments = LaunchArguments<Functor>;
   static_assert(sizeof(Arguments) <= kArgumentBytes, "the argument block must fit into a launch");
   return {Arguments::kTensors, kRows, kChunk};
 }
 
-template <class Rule>
-void pack(const Bucket& bucket, const Launch& launch, LaunchArguments<Rule>& arguments) {
-  using Coefficients = typename Rule::Coefficients;
+template <class Functor>
+void pack(const Bucket& bucket, const Launch& launch, LaunchArguments<Functor>& arguments) {
+  using Coefficients = typename Functor::Coefficients;
   arguments.tensors = static_cast<std::int32_t>(launch.tensors.size());
+  arguments.format = bucket.format;
   for (std::size_t i = 0; i < launch.tensors.size(); ++i) {
     const TensorEntry& tensor = bucket.tensors[static_cast<std::size_t>(launch.tensors[i])];
-    for (int s = 0; s < LaunchArguments<Rule>::kSlots; ++s) arguments.slot[s][i] = tensor.slot[s];
+    for (int s = 0; s < LaunchArguments<Functor>::kSlots; ++s)
+      arguments.slot[s][i] = tensor.slot[s];
     arguments.numel[i] = tensor.numel;
     arguments.first_chunk[i] = launch.first_chunk[i];
     arguments.row[i] = static_cast<std::uint16_t>(launch.row_of[i]);
@@ -64,15 +67,15 @@ void pack(const Bucket& bucket, const Launch& launch, LaunchArguments<Rule>& arg
 }
 
 // Plans a bucket and calls run(arguments, blocks) for each launch.
-template <class Rule, class Run>
-void for_each_launch(const Bucket& bucket, LaunchArguments<Rule>& arguments, Run&& run) {
+template <class Functor, class Run>
+void for_each_launch(const Bucket& bucket, LaunchArguments<Functor>& arguments, Run&& run) {
   std::vector<std::int64_t> numels;
   std::vector<std::int32_t> rows;
   for (const TensorEntry& tensor : bucket.tensors) {
     numels.push_back(tensor.numel);
     rows.push_back(tensor.row);
   }
-  for (const Launch& launch : plan_launches(numels, rows, launch_limits<Rule>())) {
+  for (const Launch& launch : plan_launches(numels, rows, launch_limits<Functor>())) {
     pack(bucket, launch, arguments);
     run(arguments, launch.first_chunk.back());
   }

@@ -6,18 +6,11 @@
 
 #include "core/platform.h"
 #include "cuda/launch_arguments.h"
+#include "rules/rule.h"
 
 namespace fused_adamw::cuda {
 
 constexpr int kAccessBytes = 16;
-
-constexpr int smaller(int x, int y) { return x < y ? x : y; }
-
-// Elements a thread holds at once: a 16-byte access of the narrowest array, two of a wider one.
-template <class Format>
-constexpr int kElementsPerThread =
-    kAccessBytes / smaller(sizeof(typename Format::Param),
-                           smaller(sizeof(typename Format::Grad), sizeof(typename Format::State)));
 
 template <class T, int kCount>
 struct alignas(kCount == 1 ? alignof(T) : kAccessBytes) Pack {
@@ -52,63 +45,107 @@ FUSED_ADAMW_HD void store(T* to, int count, const float (&from)[kCount]) {
   }
 }
 
-// The arrays of one tensor, typed.
-template <class Rule, class Format>
-struct Arrays {
-  typename Format::Param* param;
-  const typename Format::Grad* grad;
-  typename Format::State* state[Rule::kStates];
+// How an update reaches its arrays: all of one dtype that the compiler knows, or of several that
+// are told apart when it runs, by branches that all threads take alike. `kPerThread` is what a
+// thread holds of each array at once: a 16-byte access of the narrowest, two of a wider one.
+template <class T>
+struct Uniform {
+  static constexpr int kPerThread = kAccessBytes / static_cast<int>(sizeof(T));
 
-  FUSED_ADAMW_HD Arrays(const LaunchArguments<Rule>& arguments, int tensor) {
-    param = static_cast<typename Format::Param*>(arguments.slot[kParam][tensor]);
-    grad = static_cast<const typename Format::Grad*>(arguments.slot[kGrad][tensor]);
-    FUSED_ADAMW_UNROLL
-    for (int k = 0; k < Rule::kStates; ++k) {
-      state[k] = static_cast<typename Format::State*>(arguments.slot[kFirstState + k][tensor]);
+  template <int kCount>
+  FUSED_ADAMW_HD static void load_slot(const void* array, Dtype, std::int64_t i, int count,
+                                       float (&to)[kCount]) {
+    load(static_cast<const T*>(array) + i, count, to);
+  }
+  template <int kCount>
+  FUSED_ADAMW_HD static void store_slot(void* array, Dtype, std::int64_t i, int count,
+                                        const float (&from)[kCount]) {
+    store(static_cast<T*>(array) + i, count, from);
+  }
+};
+
+struct Mixed {
+  static constexpr int kPerThread = kAccessBytes / 2;
+
+  template <int kCount>
+  FUSED_ADAMW_HD static void load_slot(const void* array, Dtype dtype, std::int64_t i, int count,
+                                       float (&to)[kCount]) {
+    if (dtype == Dtype::kFloat32) {
+      load(static_cast<const float*>(array) + i, count, to);
+    } else if (dtype == Dtype::kBfloat16) {
+      load(static_cast<const bfloat16*>(array) + i, count, to);
+    } else {
+      load(static_cast<const float16*>(array) + i, count, to);
     }
+  }
+  template <int kCount>
+  FUSED_ADAMW_HD static void store_slot(void* array, Dtype dtype, std::int64_t i, int count,
+                                        const float (&from)[kCount]) {
+    if (dtype == Dtype::kFloat32) {
+      store(static_cast<float*>(array) + i, count, from);
+    } else if (dtype == Dtype::kBfloat16) {
+      store(static_cast<bfloat16*>(array) + i, count, from);
+    } else {
+      store(static_cast<float16*>(array) + i, count, from);
+    }
+  }
+};
+
+// The arrays of one tensor.
+template <class Functor>
+struct Arrays {
+  static constexpr int kSlots = kFirstState + Functor::kStates;
+  void* slot[kSlots];
+
+  FUSED_ADAMW_HD Arrays(const LaunchArguments<Functor>& arguments, int tensor) {
+    FUSED_ADAMW_UNROLL
+    for (int k = 0; k < kSlots; ++k) slot[k] = arguments.slot[k][tensor];
   }
 
   FUSED_ADAMW_HD bool aligned() const {
-    auto bits = reinterpret_cast<std::uintptr_t>(param) | reinterpret_cast<std::uintptr_t>(grad);
+    std::uintptr_t bits = 0;
     FUSED_ADAMW_UNROLL
-    for (int k = 0; k < Rule::kStates; ++k) bits |= reinterpret_cast<std::uintptr_t>(state[k]);
+    for (int k = 0; k < kSlots; ++k) bits |= reinterpret_cast<std::uintptr_t>(slot[k]);
     return bits % kAccessBytes == 0;
   }
 };
 
 // Elements [begin, end) of one tensor, kCount at a time by each thread: full and ragged packs
 // through the same equations.
-template <int kCount, class Rule, class Format>
-FUSED_ADAMW_HD void update_range(const Arrays<Rule, Format>& arrays,
-                                 const typename Rule::Coefficients& coefficients,
+template <int kCount, class Storage, class Functor>
+FUSED_ADAMW_HD void update_range(const Arrays<Functor>& arrays, const Format& format,
+                                 const typename Functor::Coefficients& coefficients,
                                  std::int64_t begin, std::int64_t end, int thread) {
+  constexpr int kStates = Functor::kStates;
   for (std::int64_t i = begin + thread * kCount; i < end; i += kThreads * kCount) {
     const int count = end - i < kCount ? static_cast<int>(end - i) : kCount;
-    float param[kCount], grad[kCount], state[Rule::kStates][kCount];
-    load(arrays.param + i, count, param);
-    load(arrays.grad + i, count, grad);
+    float value[Arrays<Functor>::kSlots][kCount];
     FUSED_ADAMW_UNROLL
-    for (int k = 0; k < Rule::kStates; ++k) load(arrays.state[k] + i, count, state[k]);
+    for (int k = 0; k < kFirstState + kStates; ++k) {
+      Storage::load_slot(arrays.slot[k], format.of_slot(k), i, count, value[k]);
+    }
 
     FUSED_ADAMW_UNROLL
     for (int j = 0; j < kCount; ++j) {
-      float s[Rule::kStates];
+      StateArray<kStates> state;
       FUSED_ADAMW_UNROLL
-      for (int k = 0; k < Rule::kStates; ++k) s[k] = state[k][j];
-      Rule::update(coefficients, param[j], grad[j], s);
+      for (int k = 0; k < kStates; ++k) state[k] = value[kFirstState + k][j];
+      Functor::update(coefficients, value[kParam][j], value[kGrad][j], state);
       FUSED_ADAMW_UNROLL
-      for (int k = 0; k < Rule::kStates; ++k) state[k][j] = s[k];
+      for (int k = 0; k < kStates; ++k) value[kFirstState + k][j] = state[k];
     }
 
-    store(arrays.param + i, count, param);
     FUSED_ADAMW_UNROLL
-    for (int k = 0; k < Rule::kStates; ++k) store(arrays.state[k] + i, count, state[k]);
+    for (int k = 0; k < kFirstState + kStates; ++k) {
+      if (k == kGrad) continue;
+      Storage::store_slot(arrays.slot[k], format.of_slot(k), i, count, value[k]);
+    }
   }
 }
 
 // The tensor that chunk `block` belongs to: the last one that starts at or before it.
-template <class Rule>
-FUSED_ADAMW_HD int tensor_of(const LaunchArguments<Rule>& arguments, std::uint32_t block) {
+template <class Functor>
+FUSED_ADAMW_HD int tensor_of(const LaunchArguments<Functor>& arguments, std::uint32_t block) {
   int low = 0, high = arguments.tensors;
   while (high - low > 1) {
     const int middle = (low + high) / 2;
@@ -121,21 +158,22 @@ FUSED_ADAMW_HD int tensor_of(const LaunchArguments<Rule>& arguments, std::uint32
   return low;
 }
 
-template <class Rule, class Format>
-FUSED_ADAMW_HD void update_chunk(const LaunchArguments<Rule>& arguments, std::uint32_t block,
+template <class Functor, class Storage>
+FUSED_ADAMW_HD void update_chunk(const LaunchArguments<Functor>& arguments, std::uint32_t block,
                                  int thread) {
   const int tensor = tensor_of(arguments, block);
   const std::int64_t begin =
       static_cast<std::int64_t>(block - arguments.first_chunk[tensor]) * kChunk;
   const std::int64_t left = arguments.numel[tensor] - begin;
   const std::int64_t end = begin + (left < kChunk ? left : kChunk);
-  const typename Rule::Coefficients coefficients = arguments.rows[arguments.row[tensor]];
+  const typename Functor::Coefficients coefficients = arguments.rows[arguments.row[tensor]];
 
-  const Arrays<Rule, Format> arrays(arguments, tensor);
+  const Arrays<Functor> arrays(arguments, tensor);
   if (arrays.aligned()) {
-    update_range<kElementsPerThread<Format>>(arrays, coefficients, begin, end, thread);
+    update_range<Storage::kPerThread, Storage>(arrays, arguments.format, coefficients, begin, end,
+                                               thread);
   } else {
-    update_range<1>(arrays, coefficients, begin, end, thread);
+    update_range<1, Storage>(arrays, arguments.format, coefficients, begin, end, thread);
   }
 }
 

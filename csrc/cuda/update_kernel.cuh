@@ -1,4 +1,4 @@
-// The kernel and its launch, compiled once for each dtype of the parameter (kernels_*.cu).
+// The kernel and its launch, compiled once for each storage (kernels_*.cu).
 #pragma once
 
 #include <cuda_runtime.h>
@@ -14,31 +14,27 @@ namespace fused_adamw::cuda {
 // flight where a block has 16 KB (four 16-byte loads a thread); an H200 needs about 48 KB. Where a
 // thread holds more than 32 values (AMSGrad on 16-bit arrays) 3 blocks give it 80 registers instead
 // of spills, and still 60 KB in flight.
-template <class Rule, class Format>
+template <class Functor, class Storage>
 constexpr int kBlocksPerMultiprocessor =
-    kElementsPerThread<Format> * (kFirstState + Rule::kStates) > 32 ? 3 : 4;
+    Storage::kPerThread * (kFirstState + Functor::kStates) > 32 ? 3 : 4;
 
-template <class Rule, class Format>
-__global__ void __launch_bounds__(kThreads, (kBlocksPerMultiprocessor<Rule, Format>))
-    update_kernel(const __grid_constant__ LaunchArguments<Rule> arguments) {
-  update_chunk<Rule, Format>(arguments, blockIdx.x, static_cast<int>(threadIdx.x));
+template <class Functor, class Storage>
+__global__ void __launch_bounds__(kThreads, (kBlocksPerMultiprocessor<Functor, Storage>))
+    update_kernel(const __grid_constant__ LaunchArguments<Functor> arguments) {
+  update_chunk<Functor, Storage>(arguments, blockIdx.x, static_cast<int>(threadIdx.x));
 }
 
-// Launches every piece of the bucket and returns their number; kOtherFormat if the bucket's format
-// is not one of `Formats`.
-template <class Formats>
+// Launches every piece of the bucket and returns their number.
+template <class Storage>
 int launch_bucket(const Bucket& bucket, cudaStream_t stream) {
-  int launches = kOtherFormat;
-  visit_rule(bucket.rule, [&](auto rule) {
-    using Rule = decltype(rule);
-    visit_format(Formats{}, bucket.format, [&](auto format) {
-      launches = 0;
-      LaunchArguments<Rule> arguments;
-      for_each_launch<Rule>(bucket, arguments, [&](const auto& launch, std::uint32_t blocks) {
-        update_kernel<Rule, decltype(format)><<<blocks, kThreads, 0, stream>>>(launch);
-        check(cudaGetLastError(), "launching the update kernel");
-        ++launches;
-      });
+  int launches = 0;
+  visit_functor(bucket.functor, [&](auto functor) {
+    using Functor = decltype(functor);
+    LaunchArguments<Functor> arguments;
+    for_each_launch<Functor>(bucket, arguments, [&](const auto& launch, std::uint32_t blocks) {
+      update_kernel<Functor, Storage><<<blocks, kThreads, 0, stream>>>(launch);
+      check(cudaGetLastError(), "launching the update kernel");
+      ++launches;
     });
   });
   return launches;

@@ -1,14 +1,17 @@
 #include "host/parameter_list.h"
 
 #include <algorithm>
+#include <cmath>
 #include <tuple>
+
+#include "core/float_environment.h"
 
 // [note: host time] A step over a thousand tensors spends its host time here, so the loop in
 // gather() uses the plain C API. A gradient costs one attribute read and one exchange-table call. A
 // parameter costs one call, since `param.data = ...` is common: its memory is compared with what
-// was registered. The memory of states is not read again: FusedOptimizer gives a registration up
-// when somebody gets hold of its state, matches() sees objects replaced behind its back, and a view
-// that is kept of each state makes sure that its memory is never freed under a step.
+// was registered. A state costs a look at its reference count: where nobody but the optimizer and
+// this list has the tensor, nobody can have given it other memory, and otherwise it is compared
+// too. matches() sees objects replaced behind the optimizer's back.
 //
 // [note: holding] torch keeps a tensor's Python object alive from C++ only while C++ has a
 // reference of its own, and pays some 40 ns to hand that over whenever a call takes the first such
@@ -69,8 +72,12 @@ void ParameterList::register_entry(std::size_t i) {
   entry = {};
   entry.label = item(registration_.labels, i);
   entry.group = registration_.groups[i].cast<int>();
+  entry.active = registration_.active[i].cast<bool>();
 
   PyObject* param = item(registration_.params, i);
+  entry.param = param;
+  entry.gradient = gradient_reader(param);
+  if (!entry.active) return;
   dlpack::Tensor tensor;
   if (!view(param, tensor)) refuse(PyExc_RuntimeError, entry, "is ", param);
   if (!to_dtype(tensor.dtype, entry.dtype)) {
@@ -83,8 +90,6 @@ void ParameterList::register_entry(std::size_t i) {
   dims_.insert(dims_.end(), tensor.strides, tensor.strides + tensor.ndim);
   entry.numel = count_elements(tensor.ndim, tensor.shape);
   entry.device = tensor.device;
-  entry.param = param;
-  entry.gradient = gradient_reader(param);
   entry.data = address(tensor);
   if (!is_dense(tensor.ndim, tensor.shape, tensor.strides)) {
     fail(PyExc_ValueError, entry,
@@ -94,10 +99,11 @@ void ParameterList::register_entry(std::size_t i) {
   }
   const py::object state = registration_.states[i];
   entry.has_state = !state.is_none();
-  if (entry.has_state) register_state(entry, state, registration_.names[i]);
+  if (entry.has_state) register_state(entry, i, state);
 }
 
-void ParameterList::register_state(Entry& entry, py::dict state, const py::tuple& names) {
+void ParameterList::register_state(Entry& entry, std::size_t i, py::dict state) {
+  const py::tuple names = registration_.names[i];
   dlpack::Tensor tensor;
   const auto read = [&](const std::string& name) {
     PyObject* value = PyDict_GetItemString(state.ptr(), name.c_str());
@@ -108,6 +114,8 @@ void ParameterList::register_state(Entry& entry, py::dict state, const py::tuple
   };
 
   entry.states = static_cast<int>(names.size());
+  entry.state_dtype = entry.dtype;
+  entry.fresh = registration_.fresh[i].cast<bool>();
   for (int k = 0; k < entry.states; ++k) {
     const py::str key = names[static_cast<std::size_t>(k)];
     const std::string name = key;
@@ -134,30 +142,41 @@ void ParameterList::register_state(Entry& entry, py::dict state, const py::tuple
       value = read(name);
     }
     keep(value);
-    entry.state[k] = address(tensor);
+    entry.state[k] = {value, address(tensor)};
   }
 
-  PyObject* step = read("step");
-  if (tensor.device.type != dlpack::kCpu || count_elements(tensor.ndim, tensor.shape) != 1 ||
-      tensor.dtype.code != dlpack::kFloat || tensor.dtype.bits != 32) {
-    fail(PyExc_TypeError, entry,
-         "has a state 'step' of dtype " + dtype_name(step) + " and shape " +
-             shape_name(tensor.ndim, tensor.shape) + " on " + device_name(tensor.device) +
-             "; accepted: one float32 on the CPU");
-  }
-  keep(step);
-  entry.step = static_cast<float*>(address(tensor));
-  const float count = *entry.step;
-  if (!(count >= 0.0f)) {
+  const auto read_scalar = [&](const std::string& name, int bits) {
+    PyObject* value = read(name);
+    if (tensor.device.type != dlpack::kCpu || count_elements(tensor.ndim, tensor.shape) != 1 ||
+        tensor.dtype.code != dlpack::kFloat || tensor.dtype.bits != bits) {
+      fail(PyExc_TypeError, entry,
+           "has a state '" + name + "' of dtype " + dtype_name(value) + " and shape " +
+               shape_name(tensor.ndim, tensor.shape) + " on " + device_name(tensor.device) +
+               "; accepted: one float" + std::to_string(bits) + " on the CPU");
+    }
+    keep(value);
+    return value;
+  };
+  const auto check_scalar = [&](const std::string& name, double found) {
+    if (found >= 0.0 && std::isfinite(found)) return;
     fail(PyExc_ValueError, entry,
-         "has a state 'step' of " + std::to_string(count) + "; accepted: a number >= 0");
+         "has a state '" + name + "' of " + std::to_string(found) + "; accepted: a number >= 0");
+  };
+  if (registration_.counts[i].cast<bool>()) {
+    PyObject* value = read_scalar("step", 32);
+    entry.step = {value, static_cast<float*>(address(tensor))};
+    check_scalar("step", *entry.step.memory);
+  }
+  const py::object scalar = registration_.scalars[i];
+  if (!scalar.is_none()) {
+    const std::string name = py::str(scalar);
+    PyObject* value = read_scalar(name, 64);
+    entry.scalar = {value, static_cast<double*>(address(tensor))};
+    check_scalar(name, *entry.scalar.memory);
   }
 }
 
-void ParameterList::keep(PyObject* state) {
-  kept_.append(py::handle(state));
-  kept_.append(py::handle(state).attr("detach")());
-}
+void ParameterList::keep(PyObject* state) { kept_.append(py::handle(state)); }
 
 // Until Python 3.13 a dict carries a version that changes with every modification of any dict;
 // later the values of each state are compared one by one.
@@ -176,7 +195,8 @@ bool ParameterList::walk(const py::list& param_lists, const py::dict& states, Vi
   Py_ssize_t outer = 0;
   PyObject *param, *state;
   while (PyDict_Next(states.ptr(), &outer, &param, &state)) {
-    if (!PyDict_Check(state) || !visit_object(param) || !visit_object(state)) return false;
+    if (!visit_object(param) || !visit_object(state)) return false;
+    if (!PyDict_Check(state)) continue;
 #if PY_VERSION_HEX < 0x030E0000
 #pragma GCC diagnostic push
 #pragma GCC diagnostic ignored "-Wdeprecated-declarations"
@@ -225,60 +245,81 @@ bool ParameterList::gather(const std::vector<const Hyperparameters*>& groups,
   for (std::size_t i = 0; i < entries_.size(); ++i) {
     Entry& entry = entries_[i];
     // Each count is an allocation of its own: without this the loop would wait for its cache line.
-    if (i + kPrefetch < entries_.size()) __builtin_prefetch(entries_[i + kPrefetch].step);
+    if (i + kPrefetch < entries_.size()) __builtin_prefetch(entries_[i + kPrefetch].step.memory);
     const auto grad = grads ? py::reinterpret_borrow<py::object>(item(*grads, i))
                             : py::reinterpret_steal<py::object>(read(entry.gradient, entry.param));
     if (!grad) throw py::error_already_set();
     if (grad.is_none()) continue;
-    if (!unchanged(entry)) return false;
+    if (!entry.active || !unchanged(entry)) return false;
+    // torch's own attribute holds the gradient; any other may hand out a tensor of the moment.
+    if (!grads && !entry.gradient.get) temporaries_.append(grad);
 
     Dtype grad_dtype;
     void* grad_memory = read_gradient(entry, grad.ptr(), grad_dtype);
-    if (!entry.has_state) return false;
+    if (!entry.has_state || !states_unchanged(entry)) return false;
     if (grad_memory != entry.checked_grad || grad_dtype != entry.checked_grad_dtype) {
       check_gradient_memory(entry, grad_memory, grad_dtype);
       entry.checked_grad = grad_memory;
       entry.checked_grad_dtype = grad_dtype;
     }
 
-    const auto t = static_cast<std::int64_t>(*entry.step) + 1;
+    const Position at = position(entry);
     // Neighbours nearly always go the same way.
-    if (route == nullptr || !route->fits(entry, grad_dtype, t)) {
+    if (route == nullptr || !route->fits(entry, grad_dtype, at)) {
       const Hyperparameters& group = *groups.at(static_cast<std::size_t>(entry.group));
-      if (entry.states != group.state_count()) return false;
-      route = &route_of(entry, group, grad_dtype, t);
+      if (entry.states != group.states) return false;
+      route = &route_of(entry, group, grad_dtype, at);
     }
     TensorEntry& tensor = route->bucket->tensors.emplace_back();
     tensor.slot[kParam] = entry.data;
     tensor.slot[kGrad] = grad_memory;
-    for (int k = 0; k < entry.states; ++k) tensor.slot[kFirstState + k] = entry.state[k];
+    for (int k = 0; k < entry.states; ++k) {
+      tensor.slot[kFirstState + k] = entry.state[k].memory;
+    }
     tensor.numel = entry.numel;
     tensor.row = route->row;
     tensor.group = entry.group;
-    tensor.step = t;
+    tensor.step = at.t;
+    tensor.scalar = at.scalar;
     route->bucket->numel += entry.numel;
-    updated_.push_back(i);
+    updated_.emplace_back(i, route);
   }
   return true;
 }
 
-bool ParameterList::Route::fits(const Entry& entry, Dtype grad_dtype, std::int64_t t) const {
-  return t == step && entry.group == group && grad_dtype == bucket->format.grad &&
+// Where no steps are counted a rule only asks whether this is the first.
+Position ParameterList::position(const Entry& entry) const {
+  const double scalar = entry.scalar.memory ? *entry.scalar.memory : 0.0;
+  if (!entry.step.memory) return {entry.fresh ? 1 : 2, scalar};
+  const float steps = *entry.step.memory;
+  if (!(steps >= 0.0f && steps < 0x1p53f)) {
+    fail(PyExc_ValueError, entry,
+         "has a state 'step' of " + std::to_string(steps) + "; accepted: a finite number >= 0");
+  }
+  return {static_cast<std::int64_t>(steps) + 1, scalar};
+}
+
+bool ParameterList::Route::fits(const Entry& entry, Dtype grad_dtype,
+                                const Position& position) const {
+  return position == at && entry.group == group && grad_dtype == bucket->format.grad &&
          entry.dtype == bucket->format.param && entry.state_dtype == bucket->format.state &&
          entry.device.type == bucket->device_type && entry.device.index == bucket->device_index;
 }
 
 const ParameterList::Route& ParameterList::route_of(const Entry& entry,
                                                     const Hyperparameters& group, Dtype grad_dtype,
-                                                    std::int64_t step) {
-  Bucket& bucket = bucket_for(entry, group.variant(), {entry.dtype, grad_dtype, entry.state_dtype});
-  bucket.coefficients_per_row = group.coefficient_count();
+                                                    const Position& at) {
+  Bucket& bucket = bucket_for(entry, group.functor, {entry.dtype, grad_dtype, entry.state_dtype});
+  bucket.coefficients_per_row = group.coefficients;
   const auto [found, is_new] = routes_.try_emplace(
-      {&bucket, entry.group, step}, Route{&bucket, entry.group, step, bucket.rows()});
+      {&bucket, entry.group, at.t, at.scalar}, Route{&bucket, entry.group, at, 0.0, bucket.rows()});
   if (is_new) {
     const std::size_t size = bucket.coefficients.size();
     bucket.coefficients.resize(size + static_cast<std::size_t>(bucket.coefficients_per_row));
-    group.coefficients_at(step, bucket.coefficients.data() + size);
+    const DefaultFloatEnvironment environment;
+    Position after = at;
+    group.coefficients_at(after, bucket.coefficients.data() + size);
+    found->second.scalar = after.scalar;
   }
   return found->second;
 }
@@ -319,6 +360,21 @@ bool ParameterList::unchanged(const Entry& entry) const {
          same_strides(entry, tensor);
 }
 
+bool ParameterList::states_unchanged(const Entry& entry) const {
+  constexpr Py_ssize_t kOurs = 2;  // the optimizer's state and kept_
+  const auto same = [](const auto& state) {
+    if (state.object == nullptr || Py_REFCNT(state.object) <= kOurs) return true;
+    dlpack::Tensor tensor;
+    if (view(state.object, tensor)) return address(tensor) == state.memory;
+    PyErr_Clear();
+    return false;
+  };
+  for (int k = 0; k < entry.states; ++k) {
+    if (!same(entry.state[k])) return false;
+  }
+  return same(entry.step) && same(entry.scalar);
+}
+
 bool ParameterList::same_shape(const Entry& entry, const dlpack::Tensor& tensor) const {
   if (tensor.ndim != entry.ndim) return false;
   const std::int64_t* shape = dims_.data() + entry.dims;
@@ -338,21 +394,20 @@ bool ParameterList::same_strides(const Entry& entry, const dlpack::Tensor& tenso
   return true;
 }
 
-Bucket& ParameterList::bucket_for(const Entry& entry, const RuleVariant& rule,
-                                  const Format& format) {
+Bucket& ParameterList::bucket_for(const Entry& entry, int functor, const Format& format) {
   for (const auto& bucket : buckets_) {
-    if (bucket->rule == rule && bucket->format == format &&
+    if (bucket->functor == functor && bucket->format == format &&
         bucket->device_type == entry.device.type && bucket->device_index == entry.device.index) {
       return *bucket;
     }
   }
-  if (!visit_format(Formats{}, format, [](auto) {})) {
+  if (!is_supported(format)) {
     fail(PyExc_TypeError, entry,
          "has dtypes " + format_name(format) +
              " (parameter/gradient/states); accepted: " + supported_formats());
   }
   auto bucket = std::make_unique<Bucket>();
-  bucket->rule = rule;
+  bucket->functor = functor;
   bucket->format = format;
   bucket->device_type = entry.device.type;
   bucket->device_index = entry.device.index;
@@ -380,15 +435,19 @@ int ParameterList::traverse(visitproc visit, void* arg) const {
   return 0;
 }
 
-void ParameterList::commit() {
+void ParameterList::commit(const Bucket& bucket) {
   py::list params;
-  if (updated_.size() == entries_.size()) params = registration_.params;
-  for (const std::size_t i : updated_) {
-    *entries_[i].step += 1.0f;
-    if (updated_.size() != entries_.size()) params.append(py::handle(entries_[i].param));
+  const bool all = bucket.tensors.size() == entries_.size();
+  if (all) params = registration_.params;
+  for (const auto& [i, route] : updated_) {
+    if (route->bucket != &bucket) continue;
+    Entry& entry = entries_[i];
+    if (entry.step.memory) *entry.step.memory += 1.0f;
+    if (entry.scalar.memory) *entry.scalar.memory = route->scalar;
+    entry.fresh = false;
+    if (!all) params.append(py::handle(entry.param));
   }
   registration_.increment_version(params);
-  temporaries_ = py::list();
 }
 
 bool ParameterList::Range::before(const Range& other) const {
@@ -406,7 +465,7 @@ void ParameterList::check_overlaps() {
       }
     };
     add(entry.data, entry.dtype);
-    for (int k = 0; k < entry.states; ++k) add(entry.state[k], entry.state_dtype);
+    for (int k = 0; k < entry.states; ++k) add(entry.state[k].memory, entry.state_dtype);
   }
   std::sort(ranges_.begin(), ranges_.end(),
             [](const Range& x, const Range& y) { return x.before(y); });

@@ -25,6 +25,10 @@ struct Registration {
   py::list params;      // tensors
   py::list states;      // the parameter's state, a dict, or None before its first step
   py::list names;       // a tuple of the keys of its states, in the order of the rule's slots
+  py::list counts;      // whether its state has a 'step'
+  py::list scalars;     // the key of what its rule carries from step to step, or None
+  py::list fresh;       // whether its state has been created for this step
+  py::list active;      // whether it can have a gradient; what cannot may be of any kind
   py::list groups;      // index of its param group
   py::list labels;      // how messages call it: "parameter 3 ('head.weight')"
   py::object restride;  // (tensor, like) -> a copy of tensor with the strides of like
@@ -35,6 +39,13 @@ struct Registration {
 struct GradientReader {
   getter get = nullptr;
   void* closure = nullptr;
+};
+
+// A state's memory, and the object whose it was.
+template <class T>
+struct StateMemory {
+  PyObject* object = nullptr;
+  T* memory = nullptr;
 };
 
 class ParameterList {
@@ -64,8 +75,9 @@ class ParameterList {
   // What gather() found, to be run by the engines.
   std::vector<Bucket*> buckets() const;
 
-  // After the engines: counts the step of every updated parameter and tells autograd of the writes.
-  void commit();
+  // After an engine has run a bucket: counts the step of every parameter in it and tells autograd
+  // of the writes.
+  void commit(const Bucket& bucket);
 
  private:
   struct Entry {
@@ -82,8 +94,11 @@ class ParameterList {
     Dtype state_dtype;
     PyObject* param;
     void* data;
-    void* state[kMaxStates];
-    float* step;
+    bool active;
+    StateMemory<void> state[kMaxStates];
+    StateMemory<float> step;     // null where the rule counts none
+    StateMemory<double> scalar;  // likewise
+    bool fresh;
     const void* checked_grad;  // the gradient's memory when it was last found to be its own
     Dtype checked_grad_dtype;
   };
@@ -96,14 +111,15 @@ class ParameterList {
 
     bool before(const Range& other) const;
   };
-  // Where tensors of one group, dtypes and step go.
+  // Where tensors of one group, dtypes and position go.
   struct Route {
     Bucket* bucket;
     int group;
-    std::int64_t step;
+    Position at;
+    double scalar;  // after the step
     std::int32_t row;
 
-    bool fits(const Entry& entry, Dtype grad_dtype, std::int64_t t) const;
+    bool fits(const Entry& entry, Dtype grad_dtype, const Position& position) const;
   };
 
   // Calls visit(number) for each until it returns false; whether it never did.
@@ -111,16 +127,18 @@ class ParameterList {
   static bool walk(const py::list& param_lists, const py::dict& states, Visit&& visit);
 
   void register_entry(std::size_t i);
-  void register_state(Entry& entry, py::dict state, const py::tuple& names);
+  void register_state(Entry& entry, std::size_t i, py::dict state);
   void keep(PyObject* state);
   void hold();
   bool same_shape(const Entry& entry, const dlpack::Tensor& tensor) const;
   bool same_strides(const Entry& entry, const dlpack::Tensor& tensor) const;
   bool unchanged(const Entry& entry) const;
+  bool states_unchanged(const Entry& entry) const;
+  Position position(const Entry& entry) const;
   void* read_gradient(const Entry& entry, PyObject* grad, Dtype& dtype);
   const Route& route_of(const Entry& entry, const Hyperparameters& group, Dtype grad_dtype,
-                        std::int64_t step);
-  Bucket& bucket_for(const Entry& entry, const RuleVariant& rule, const Format& format);
+                        const Position& at);
+  Bucket& bucket_for(const Entry& entry, int functor, const Format& format);
   void check_gradient_memory(const Entry& entry, const void* grad, Dtype dtype) const;
   void check_overlaps();
   std::string label_of(const Entry& entry) const;
@@ -134,13 +152,13 @@ class ParameterList {
   std::vector<std::int64_t> dims_;
   std::vector<std::uintptr_t> snapshot_;
   std::vector<dlpack::ManagedTensor*> held_;
-  py::list kept_;
+  py::list kept_;              // every state, so that its object outlives what points to it
   std::vector<Range> ranges_;  // sorted
 
   // Of the current step.
   std::vector<std::unique_ptr<Bucket>> buckets_;
-  std::map<std::tuple<const Bucket*, int, std::int64_t>, Route> routes_;
-  std::vector<std::size_t> updated_;
+  std::map<std::tuple<const Bucket*, int, std::int64_t, double>, Route> routes_;
+  std::vector<std::pair<std::size_t, const Route*>> updated_;
   py::list temporaries_;
 };
 

@@ -74,7 +74,10 @@ bool is_dense(int ndim, const std::int64_t* shape, const std::int64_t* strides) 
 }
 
 bool view(PyObject* object, dlpack::Tensor& out) {
-  return exchange_api->tensor_from_object(object, &out) == 0;
+  if (exchange_api->tensor_from_object(object, &out) != 0) return false;
+  if (out.data != nullptr || count_elements(out.ndim, out.shape) == 0) return true;
+  PyErr_SetString(PyExc_RuntimeError, "the tensor has no memory");  // a FakeTensor
+  return false;
 }
 
 std::string describe(PyObject* object) {
@@ -93,10 +96,10 @@ std::string format_name(const Format& format) {
 
 std::string supported_formats() {
   std::string text;
-  for_each_format(Formats{}, [&](const Format& format) {
+  for (const Format& format : kFormats) {
     if (!text.empty()) text += ", ";
     text += format_name(format);
-  });
+  }
   return text;
 }
 
@@ -114,7 +117,5 @@ void* current_stream(dlpack::Device device) {
   }
   return stream;
 }
-
-std::int64_t element_size(Dtype dtype) { return dtype == Dtype::kFloat32 ? 4 : 2; }
 
 }  // namespace fused_adamw::host

@@ -38,7 +38,6 @@ std::int64_t count_elements(int ndim, const std::int64_t* shape);
 bool is_dense(int ndim, const std::int64_t* shape, const std::int64_t* strides);
 // False if the dtype is none that a rule can work on.
 bool to_dtype(dlpack::DataType dtype, Dtype& out);
-std::int64_t element_size(Dtype dtype);
 
 std::string dtype_name(PyObject* tensor);
 std::string device_name(dlpack::Device device);

@@ -1,22 +1,118 @@
-// Every rule the engines are compiled for. A new family adds its branch here.
+// Every rule there is, and every functor that the engines are compiled for.
 #pragma once
 
-#include "core/rule_variant.h"
+#include <array>
+#include <cstdint>
+#include <cstring>
+#include <string>
+#include <type_traits>
+#include <vector>
+
+#include "rules/adadelta.h"
+#include "rules/adagrad.h"
 #include "rules/adam.h"
+#include "rules/adamax.h"
+#include "rules/lion.h"
+#include "rules/rmsprop.h"
+#include "rules/sgd.h"
 
 namespace fused_adamw {
 
-// Calls visit(Rule{}) with the functor that `variant` names.
+using Rules = Types<AdamRule, NadamRule, SgdRule, RmspropRule, AdagradRule, AdadeltaRule,
+                    AdamaxRule, LionRule>;
+
+template <class... Rule>
+auto functors_of(Types<Rule...>) -> decltype((typename Rule::Functors{} + ...));
+using Functors = decltype(functors_of(Rules{}));
+
+template <class... T>
+constexpr int count(Types<T...>) {
+  return sizeof...(T);
+}
+constexpr int kFunctors = count(Functors{});
+
+// Calls visit(Functor{}) with the `index`-th of Functors.
+template <class Visit, class... Functor>
+void visit_functor(Types<Functor...>, int index, Visit&& visit) {
+  int i = 0;
+  (void)((i++ == index && (visit(Functor{}), true)) || ...);
+}
 template <class Visit>
-decltype(auto) visit_rule(const RuleVariant& variant, Visit&& visit) {
-  switch (variant.family) {
-    case Family::kAdam:
-      break;
-  }
-  if (variant.l2) {
-    return variant.amsgrad ? visit(Adam<true, true>{}) : visit(Adam<true, false>{});
-  }
-  return variant.amsgrad ? visit(Adam<false, true>{}) : visit(Adam<false, false>{});
+void visit_functor(int index, Visit&& visit) {
+  visit_functor(Functors{}, index, visit);
+}
+
+// What the layers that know no rule see of one: hyperparameters as doubles in the order of
+// `fields`, coefficients as a row of floats.
+struct RuleInfo {
+  const char* name;
+  std::vector<Field> fields;
+  const char* scalar;                             // null if it carries none
+  int (*functor)(const double* hyperparameters);  // its index in Functors
+  void (*coefficients)(const double* hyperparameters, Position& at, float* row);
+};
+
+// And of a functor.
+struct FunctorInfo {
+  const char* name;
+  std::vector<bool> options;
+  int states;
+  int coefficients;
+};
+
+namespace detail {
+
+template <class Rule>
+typename Rule::Hyperparameters hyperparameters(const double* values) {
+  typename Rule::Hyperparameters h;
+  static_assert(sizeof h == sizeof Rule::kFields / sizeof(Field) * sizeof(double),
+                "a rule's fields are its hyperparameters");
+  std::memcpy(&h, values, sizeof h);
+  return h;
+}
+
+template <class Rule, int kFirstFunctor>
+RuleInfo describe() {
+  return {Rule::kName, std::vector<Field>(std::begin(Rule::kFields), std::end(Rule::kFields)),
+          Rule::kScalar,
+          [](const double* values) {
+            return kFirstFunctor + Rule::functor(hyperparameters<Rule>(values));
+          },
+          [](const double* values, Position& at, float* row) {
+            const auto c = Rule::coefficients(hyperparameters<Rule>(values), at);
+            std::memcpy(row, &c, sizeof c);
+          }};
+}
+
+template <int kFirstFunctor>
+void describe_all(std::vector<RuleInfo>&, Types<>) {}
+
+template <int kFirstFunctor, class Rule, class... More>
+void describe_all(std::vector<RuleInfo>& infos, Types<Rule, More...>) {
+  infos.push_back(describe<Rule, kFirstFunctor>());
+  describe_all<kFirstFunctor + count(typename Rule::Functors{})>(infos, Types<More...>{});
+}
+
+}  // namespace detail
+
+inline const std::vector<RuleInfo>& rule_infos() {
+  static const std::vector<RuleInfo> infos = [] {
+    std::vector<RuleInfo> found;
+    detail::describe_all<0>(found, Rules{});
+    return found;
+  }();
+  return infos;
+}
+
+inline FunctorInfo functor_info(int index) {
+  FunctorInfo info{};
+  visit_functor(index, [&](auto functor) {
+    using Functor = decltype(functor);
+    info = {Functor::kName, std::vector<bool>(Functor::kOptions.begin(), Functor::kOptions.end()),
+            Functor::kStates,
+            static_cast<int>(sizeof(typename Functor::Coefficients) / sizeof(float))};
+  });
+  return info;
 }
 
 }  // namespace fused_adamw

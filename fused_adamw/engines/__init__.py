@@ -31,7 +31,11 @@ def _run_cuda(bucket: _C.Bucket, hyperparameters: Sequence[_C.Hyperparameters]) 
 
 
 def _run_triton(bucket: _C.Bucket, hyperparameters: Sequence[_C.Hyperparameters]) -> None:
-    triton.run(bucket, device_of(bucket))
+    _C.in_default_float_environment(lambda: triton.run(bucket, device_of(bucket)))
+
+
+def _run_reference(bucket: _C.Bucket, hyperparameters: Sequence[_C.Hyperparameters]) -> None:
+    _C.in_default_float_environment(lambda: reference.run(bucket, hyperparameters))
 
 
 def _run_cuda_on_host(bucket: _C.Bucket, hyperparameters: Sequence[_C.Hyperparameters]) -> None:
@@ -42,7 +46,7 @@ _RUN: dict[str, Run] = {
     "cpu": _run_cpu,
     "cuda": _run_cuda,
     "triton": _run_triton,
-    "reference": reference.run,
+    "reference": _run_reference,
     # The CUDA kernel's body played on the host, thread by thread: for tests, so not in ENGINES.
     "cuda-on-host": _run_cuda_on_host,
 }

@@ -24,21 +24,21 @@ def _view(address: int, numel: int, dtype: str) -> NDArray[Any]:
 
 
 def run(bucket: Any, hyperparameters: Sequence[Any]) -> None:
-    """Updates every tensor of a bucket of the Adam family in place.
+    """Updates every tensor of a bucket in place.
 
     Args:
         bucket: tensors in host memory of one dtype combination, as the extension hands them out:
             ``param_dtype``, ``grad_dtype``, ``state_dtype`` are names of dtypes; ``addresses``
-            [tensors, slots] has the slots param, grad, exp_avg, exp_avg_sq and, with AMSGrad,
-            max_exp_avg_sq; ``numels``, ``groups`` and ``steps`` are integers [tensors].
+            [tensors, slots] has the param, the gradient and the states; ``numels``, ``groups``
+            and ``steps`` are integers [tensors], ``scalars`` [tensors] what the rule carries.
         hyperparameters: for each param group, which ``bucket.groups`` are indices of, an object
-            with lr, beta1, beta2, eps, weight_decay, schedule_multiplier, decay and maximize.
+            with the name of its ``rule`` and the ``values`` by name.
     """
     state_dtype = bucket.state_dtype
     slots = bucket.addresses.shape[1]
     dtypes = (bucket.param_dtype, bucket.grad_dtype, *[state_dtype] * (slots - 2))
-    tensors = zip(bucket.addresses, bucket.numels, bucket.groups, bucket.steps, strict=True)
-    for addresses, numel, group, step in tensors:
+    columns = (bucket.addresses, bucket.numels, bucket.groups, bucket.steps, bucket.scalars)
+    for addresses, numel, group, step, scalar in zip(*columns, strict=True):
         if numel == 0:  # such a tensor may have a null address
             continue
         views = [
@@ -46,21 +46,12 @@ def run(bucket: Any, hyperparameters: Sequence[Any]) -> None:
             for address, dtype in zip(addresses, dtypes, strict=True)
         ]
         values = [reference.load(view, dtype) for view, dtype in zip(views, dtypes, strict=True)]
-        h = hyperparameters[group]
-        updated = reference.adamw(
-            *values,
-            step=int(step),
-            lr=h.lr,
-            beta1=h.beta1,
-            beta2=h.beta2,
-            eps=h.eps,
-            weight_decay=h.weight_decay,
-            schedule_multiplier=h.schedule_multiplier,
-            decay=h.decay,
-            maximize=h.maximize,
-        )
-        arrays = [array for array in updated if array is not None]
+        rule = hyperparameters[group].rule
+        position: dict[str, Any] = {"step": int(step)}
+        if rule in reference.CARRIES:
+            position["scalar"] = float(scalar)
+        updated = reference.update(rule, *values, **position, **hyperparameters[group].values)
         outputs = list(zip(views, dtypes, strict=True))
         del outputs[1]  # the gradient is only read
-        for (view, dtype), array in zip(outputs, arrays, strict=True):
+        for (view, dtype), array in zip(outputs, updated, strict=True):
             view[...] = reference.store(array, dtype)

@@ -30,10 +30,10 @@ def interpreted() -> bool:
 
 
 def run(bucket: _C.Bucket, device: torch.device) -> None:
-    """Updates every tensor of a bucket of the Adam family in place.
+    """Updates every tensor of a bucket in place.
 
     Args:
-        bucket: tensors of one rule variant and one dtype combination.
+        bucket: tensors of one functor and one dtype combination.
         device: where the tensors are.
     """
     import fused_adamw.triton_kernels as triton_kernels
@@ -44,8 +44,8 @@ def run(bucket: _C.Bucket, device: torch.device) -> None:
             _tensor(bucket.numels),
             _tensor(bucket.rows),
             _tensor(bucket.coefficients),
-            rule=triton_kernels.adam,
-            options=(bucket.l2, bucket.amsgrad),
+            rule=triton_kernels.RULES[bucket.functor],
+            options=bucket.options,
             dtypes=(bucket.param_dtype, bucket.grad_dtype, bucket.state_dtype),
             device=device,
         )

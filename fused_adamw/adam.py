@@ -1,17 +1,15 @@
-"""AdamW."""
+"""AdamW, Adam with L2 and AdamProx: one rule, three conventions of decay."""
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fused_adamw import _C
-from fused_adamw.hyperparameters import adam_hyperparameters
-from fused_adamw.optimizer import FusedOptimizer
+from fused_adamw.optimizer import FusedOptimizer, decay_of_flag
+from fused_adamw.schedules import Schedule
 
 
 class FusedAdamW(FusedOptimizer):
@@ -38,9 +36,7 @@ class FusedAdamW(FusedOptimizer):
     ``exp_avg``, ``exp_avg_sq`` and with amsgrad ``max_exp_avg_sq``, of the parameter's shape.
     Checkpoints of `torch.optim.AdamW` load here and the other way round (``decay="lr"``).
 
-    State may be changed in place or replaced at any time, through ``optimizer.state``. Only a state
-    tensor that was held across a step must not be given other memory by its ``.data``: the step
-    would not see it.
+    State may be changed in place or replaced at any time.
 
     Args:
         params: tensors, (name, tensor) pairs or param groups; float32, bfloat16 or float16, dense
@@ -59,7 +55,9 @@ class FusedAdamW(FusedOptimizer):
             one of ``"cpu"``, ``"cuda"``, ``"triton"``, ``"reference"``.
         decay: the convention of weight decay, one of the four above. One for all groups of a
             checkpoint; kept in it.
-        schedule_multiplier: eta, >= 0; a value of the param group that a schedule may set.
+        schedule_multiplier: eta, >= 0; a value of the param group, which may be set at any time.
+        schedule: one of `fused_adamw.schedules`, which sets eta before every step by the number of
+            steps taken; both are kept in checkpoints. A group may have its own.
         state_dtype: dtype of the states; by default the parameter's.
 
     Raises:
@@ -68,6 +66,7 @@ class FusedAdamW(FusedOptimizer):
         RuntimeError: an engine that is absent here, with the reason; ``differentiable=True``.
     """
 
+    _rule = "adam"
     _group_keys = frozenset({"lr", "betas", "eps", "weight_decay", "amsgrad"})
     _known_states = frozenset({"exp_avg", "exp_avg_sq", "max_exp_avg_sq"})
 
@@ -88,6 +87,7 @@ class FusedAdamW(FusedOptimizer):
         engine: str = "auto",
         decay: str = "lr",
         schedule_multiplier: float = 1.0,
+        schedule: Schedule | None = None,
         state_dtype: torch.dtype | None = None,
     ) -> None:
         if isinstance(lr, Tensor) and lr.numel() != 1:
@@ -96,7 +96,7 @@ class FusedAdamW(FusedOptimizer):
             )
         defaults = {
             "lr": lr,
-            "betas": _as_numbers(betas),
+            "betas": as_numbers(betas),
             "eps": eps,
             "weight_decay": weight_decay,
             "amsgrad": amsgrad,
@@ -105,56 +105,88 @@ class FusedAdamW(FusedOptimizer):
             "capturable": capturable,
             "differentiable": differentiable,
             "fused": fused,
-            "decoupled_weight_decay": decay != "l2",  # the convention in torch's terms
+            "decoupled_weight_decay": decay != "l2",
             "decay": decay,
             "schedule_multiplier": schedule_multiplier,
+            "schedule": schedule,
+            "schedule_step": 0,
         }
         super().__init__(params, defaults, engine=engine, state_dtype=state_dtype)
-
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Adds a param group, as in torch; refused whole if anything in it cannot be used."""
-        if isinstance(param_group, dict):
-            decay = param_group.get("decay", self.defaults["decay"])
-            param_group["decoupled_weight_decay"] = decay != "l2"
-        super().add_param_group(param_group)
-
-    _values = operator.itemgetter(
-        "lr",
-        "betas",
-        "eps",
-        "weight_decay",
-        "schedule_multiplier",
-        "decay",
-        "amsgrad",
-        "maximize",
-        "differentiable",
-    )
-
-    def _hyperparameters(self, group: dict[str, Any]) -> _C.AdamHyperparameters:
-        *values, differentiable = self._values(group)
-        if differentiable:
-            raise RuntimeError(
-                "differentiable: found True, accepted: False (a fused update has no derivative)"
-            )
-        return adam_hyperparameters(*values)
 
     def _state_names(self, group: dict[str, Any]) -> tuple[str, ...]:
         names = ("exp_avg", "exp_avg_sq")
         return (*names, "max_exp_avg_sq") if group["amsgrad"] else names
 
-    def _adopt_group(self, where: str, group: dict[str, Any], new: dict[str, Any]) -> None:
-        if "decay" not in new:  # a checkpoint of torch, whose flag is younger than its AdamW
-            decoupled = new.get("decoupled_weight_decay", group["decay"] != "l2")
-            new["decay"] = "lr" if decoupled else "l2"
-        if new["decay"] != group["decay"]:
-            raise ValueError(
-                f"{where} has decay {new['decay']!r}, this optimizer {group['decay']!r}: "
-                "the same weight_decay means something else; accepted: the same convention"
-            )
-        super()._adopt_group(where, group, new)
+
+class FusedAdam(FusedAdamW):
+    """Adam in one pass: a drop-in for `torch.optim.Adam`.
+
+    `FusedAdamW` with ``decay="l2"`` and no weight decay by default: Algorithm 2 of Loshchilov &
+    Hutter, arXiv 1711.05101, without its line 12. Checkpoints of `torch.optim.Adam` load here and
+    the other way round.
+
+    Args:
+        params: see `FusedAdamW`, as for all others.
+        lr: alpha, >= 0.
+        betas: beta1 and beta2, each in [0, 1).
+        eps: >= 0.
+        weight_decay: lambda, >= 0.
+        amsgrad: whether the largest second moment so far divides.
+        decoupled_weight_decay: as in torch: True is ``decay="lr"``.
+        decay: the convention of weight decay, instead of the flag.
+        options: the other keywords of `FusedAdamW`.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float | Tensor, float | Tensor] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        amsgrad: bool = False,
+        *,
+        decoupled_weight_decay: bool = False,
+        decay: str | None = None,
+        **options: Any,
+    ) -> None:
+        decay = decay_of_flag(decoupled_weight_decay) if decay is None else decay
+        super().__init__(params, lr, betas, eps, weight_decay, amsgrad, decay=decay, **options)
 
 
-def _as_numbers(betas: Any) -> Any:
+class FusedAdamProx(FusedAdamW):
+    """AdamProx in one pass: `FusedAdamW` with ``decay="proximal"``.
+
+    Zhuang, Liu, Cutkosky & Orabona, Understanding AdamW through Proximal Methods and
+    Scale-Freeness (arXiv 2202.00089)::
+
+        theta_t = (theta_{t-1} - eta p_t) / (1 + eta lambda)
+
+    Args:
+        params: see `FusedAdamW`, as for all others.
+        lr: alpha, >= 0.
+        betas: beta1 and beta2, each in [0, 1).
+        eps: >= 0.
+        weight_decay: lambda, >= 0; not multiplied by ``lr``.
+        amsgrad: whether the largest second moment so far divides.
+        options: the other keywords of `FusedAdamW`.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float | Tensor, float | Tensor] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        amsgrad: bool = False,
+        **options: Any,
+    ) -> None:
+        options.setdefault("decay", "proximal")
+        super().__init__(params, lr, betas, eps, weight_decay, amsgrad, **options)
+
+
+def as_numbers(betas: Any) -> Any:
     """Betas as torch keeps them: a tuple, with numbers in place of tensors."""
     if not isinstance(betas, tuple | list):
         return betas  # refused with the group

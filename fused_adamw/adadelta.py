@@ -1,0 +1,88 @@
+"""Adadelta."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fused_adamw.optimizer import FusedOptimizer
+from fused_adamw.schedules import Schedule
+
+
+class FusedAdadelta(FusedOptimizer):
+    """Adadelta in one pass: a drop-in for `torch.optim.Adadelta`.
+
+    Zeiler, Adadelta: An Adaptive Learning Rate Method (arXiv 1212.5701), Algorithm 1.
+    With eta the schedule multiplier, d the factor of decay and g the gradient (plus
+    lambda theta for decay="l2")::
+
+        n = rho n + (1 - rho) g^2
+        delta = sqrt(a + eps) / sqrt(n + eps) g
+        a = rho a + (1 - rho) delta^2
+        theta = d theta - eta lr delta
+
+    State of a parameter, as in torch: ``step``, ``square_avg`` (n) and ``acc_delta`` (a).
+
+    Args:
+        params: see `FusedAdamW`.
+        lr: >= 0; 1 in the paper.
+        rho: decay of both averages, in [0, 1).
+        eps: inside both roots, >= 0.
+        weight_decay: lambda, >= 0.
+        maximize: whether to go up the gradient.
+        foreach: accepted and kept for checkpoints; every engine works on the whole list at once.
+        capturable: accepted and kept for checkpoints; a step under CUDA graph capture is refused.
+        differentiable: must be False: the update is not recorded by autograd.
+        engine: see `FusedAdamW`.
+        decay: the convention of weight decay, one of the four of `FusedAdamW`; torch's is "l2".
+        schedule_multiplier: eta, >= 0.
+        schedule: what sets eta before every step; see `FusedAdamW`.
+        state_dtype: dtype of the states; by default the parameter's.
+
+    Raises:
+        ValueError, TypeError, RuntimeError: as `FusedAdamW`.
+    """
+
+    _rule = "adadelta"
+    _group_keys = frozenset({"lr", "rho", "eps", "weight_decay"})
+    _known_states = frozenset({"square_avg", "acc_delta"})
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float | Tensor = 1.0,
+        rho: float = 0.9,
+        eps: float = 1e-6,
+        weight_decay: float = 0.0,
+        *,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        capturable: bool = False,
+        differentiable: bool = False,
+        engine: str = "auto",
+        decay: str = "l2",
+        schedule_multiplier: float = 1.0,
+        schedule: Schedule | None = None,
+        state_dtype: torch.dtype | None = None,
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "rho": rho,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "maximize": maximize,
+            "foreach": foreach,
+            "capturable": capturable,
+            "differentiable": differentiable,
+            "decay": decay,
+            "schedule_multiplier": schedule_multiplier,
+            "schedule": schedule,
+            "schedule_step": 0,
+        }
+        super().__init__(params, defaults, engine=engine, state_dtype=state_dtype)
+
+    def _state_names(self, group: dict[str, Any]) -> tuple[str, ...]:
+        return ("square_avg", "acc_delta")

@@ -1,0 +1,101 @@
+"""Adagrad."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fused_adamw.optimizer import FusedOptimizer
+from fused_adamw.schedules import Schedule
+
+
+class FusedAdagrad(FusedOptimizer):
+    """Adagrad in one pass: a drop-in for `torch.optim.Adagrad`.
+
+    Duchi, Hazan & Singer, Adaptive Subgradient Methods for Online Learning and Stochastic
+    Optimization (2011), with eps outside the root as in torch. With eta the schedule multiplier, d the factor of decay and g the gradient (plus
+    lambda theta for decay="l2")::
+
+        n = n + g^2
+        theta = d theta - eta lr / (1 + (t - 1) lr_decay) g / (sqrt(n) + eps)
+
+    State of a parameter, as in torch: ``step`` and ``sum``; here they are created at the first
+    step. Sparse gradients are refused.
+
+    Args:
+        params: see `FusedAdamW`.
+        lr: >= 0.
+        lr_decay: >= 0.
+        weight_decay: lambda, >= 0.
+        initial_accumulator_value: what ``sum`` starts from, >= 0.
+        eps: >= 0.
+        fused: accepted and kept for checkpoints; every engine is fused.
+        maximize: whether to go up the gradient.
+        foreach: accepted and kept for checkpoints; every engine works on the whole list at once.
+        capturable: accepted and kept for checkpoints; a step under CUDA graph capture is refused.
+        differentiable: must be False: the update is not recorded by autograd.
+        engine: see `FusedAdamW`.
+        decay: the convention of weight decay, one of the four of `FusedAdamW`; torch's is "l2".
+        schedule_multiplier: eta, >= 0.
+        schedule: what sets eta before every step; see `FusedAdamW`.
+        state_dtype: dtype of the states; by default the parameter's.
+
+    Raises:
+        ValueError, TypeError, RuntimeError: as `FusedAdamW`.
+    """
+
+    _rule = "adagrad"
+    _group_keys = frozenset({"lr", "lr_decay", "eps", "weight_decay"})
+    _known_states = frozenset({"sum"})
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float | Tensor = 1e-2,
+        lr_decay: float = 0.0,
+        weight_decay: float = 0.0,
+        initial_accumulator_value: float = 0.0,
+        eps: float = 1e-10,
+        *,
+        fused: bool | None = None,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        capturable: bool = False,
+        differentiable: bool = False,
+        engine: str = "auto",
+        decay: str = "l2",
+        schedule_multiplier: float = 1.0,
+        schedule: Schedule | None = None,
+        state_dtype: torch.dtype | None = None,
+    ) -> None:
+        if not initial_accumulator_value >= 0.0:
+            raise ValueError(
+                f"initial_accumulator_value: found {initial_accumulator_value}, "
+                "accepted: a number >= 0"
+            )
+        defaults = {
+            "lr": lr,
+            "lr_decay": lr_decay,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "initial_accumulator_value": initial_accumulator_value,
+            "fused": fused,
+            "maximize": maximize,
+            "foreach": foreach,
+            "capturable": capturable,
+            "differentiable": differentiable,
+            "decay": decay,
+            "schedule_multiplier": schedule_multiplier,
+            "schedule": schedule,
+            "schedule_step": 0,
+        }
+        super().__init__(params, defaults, engine=engine, state_dtype=state_dtype)
+
+    def _state_names(self, group: dict[str, Any]) -> tuple[str, ...]:
+        return ("sum",)
+
+    def _initial_value(self, name: str, group: dict[str, Any]) -> float:
+        return float(group["initial_accumulator_value"])

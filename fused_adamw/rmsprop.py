@@ -1,0 +1,99 @@
+"""RMSprop."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fused_adamw.optimizer import FusedOptimizer
+from fused_adamw.schedules import Schedule
+
+
+class FusedRMSprop(FusedOptimizer):
+    """RMSprop in one pass: a drop-in for `torch.optim.RMSprop`.
+
+    Hinton, Neural Networks for Machine Learning, lecture 6 (2012); centered: Graves, arXiv
+    1308.0850. With eta the schedule multiplier, d the factor of decay and g the gradient (plus
+    lambda theta for decay="l2")::
+
+        n = alpha n + (1 - alpha) g^2
+        centered:  mu = alpha mu + (1 - alpha) g,   n' = max(n - mu^2, 0);   otherwise n' = n
+        momentum:  b = momentum b + g / (sqrt(n') + eps),   theta = d theta - eta lr b
+        otherwise  theta = d theta - eta lr g / (sqrt(n') + eps)
+
+    torch has no maximum: where rounding takes n - mu^2 below zero its parameters become NaN.
+
+    State of a parameter, as in torch: ``step``, ``square_avg``, with momentum ``momentum_buffer``,
+    if centered ``grad_avg``.
+
+    Args:
+        params: see `FusedAdamW`.
+        lr: >= 0.
+        alpha: smoothing of both averages, in [0, 1).
+        eps: added to the root, >= 0.
+        weight_decay: lambda, >= 0.
+        momentum: of the buffer of quotients, >= 0.
+        centered: whether the square of the mean gradient is subtracted.
+        maximize: whether to go up the gradient.
+        foreach: accepted and kept for checkpoints; every engine works on the whole list at once.
+        capturable: accepted and kept for checkpoints; a step under CUDA graph capture is refused.
+        differentiable: must be False: the update is not recorded by autograd.
+        engine: see `FusedAdamW`.
+        decay: the convention of weight decay, one of the four of `FusedAdamW`; torch's is "l2".
+        schedule_multiplier: eta, >= 0.
+        schedule: what sets eta before every step; see `FusedAdamW`.
+        state_dtype: dtype of the states; by default the parameter's.
+
+    Raises:
+        ValueError, TypeError, RuntimeError: as `FusedAdamW`.
+    """
+
+    _rule = "rmsprop"
+    _group_keys = frozenset({"lr", "alpha", "eps", "weight_decay", "momentum", "centered"})
+    _known_states = frozenset({"square_avg", "grad_avg", "momentum_buffer"})
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float | Tensor = 1e-2,
+        alpha: float = 0.99,
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        momentum: float = 0.0,
+        centered: bool = False,
+        *,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        capturable: bool = False,
+        differentiable: bool = False,
+        engine: str = "auto",
+        decay: str = "l2",
+        schedule_multiplier: float = 1.0,
+        schedule: Schedule | None = None,
+        state_dtype: torch.dtype | None = None,
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "alpha": alpha,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "momentum": momentum,
+            "centered": centered,
+            "maximize": maximize,
+            "foreach": foreach,
+            "capturable": capturable,
+            "differentiable": differentiable,
+            "decay": decay,
+            "schedule_multiplier": schedule_multiplier,
+            "schedule": schedule,
+            "schedule_step": 0,
+        }
+        super().__init__(params, defaults, engine=engine, state_dtype=state_dtype)
+
+    def _state_names(self, group: dict[str, Any]) -> tuple[str, ...]:
+        centered = ("grad_avg",) if group["centered"] else ()
+        momentum = ("momentum_buffer",) if group["momentum"] else ()
+        return ("square_avg", *centered, *momentum)
