@@ -501,10 +501,12 @@ def update(
     Returns:
         The new param and states.
     """
+    shape = np.shape(arrays[0])
     with np.errstate(all="ignore"):
-        converted = [np.asarray(array, dtype) for array in arrays]
+        # Of one dimension at least: NumPy makes scalars of what has none.
+        converted = [np.atleast_1d(np.asarray(array, dtype)) for array in arrays]
         updated = RULES[rule](dtype, *converted, **hyperparameters)
-    return tuple(np.asarray(array, dtype) for array in updated)
+    return tuple(array.reshape(shape) for array in updated)
 
 
 class AdamArrays(NamedTuple):
