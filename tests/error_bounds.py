@@ -91,7 +91,7 @@ class Bounded:
         return cls(array, np.where(np.isfinite(array), 0.0, np.inf))
 
     @classmethod
-    def coefficient(cls, value: np.floating[Any]) -> Bounded:
+    def coefficient(cls, value: float | np.floating[Any]) -> Bounded:
         """A binary64 coefficient that the engine uses rounded to float32: its error is known."""
         truth = np.asarray(value, np.float64)
         error = np.abs(truth.astype(np.float32).astype(np.float64) - truth)
@@ -126,7 +126,7 @@ class Bounded:
         least = np.maximum(a * (1 - _SLACK) - error, 0.0)
         root = np.sqrt(a)
         above = error / (root + np.sqrt(a + error))
-        below = (a - least) / (root + np.sqrt(least))
+        below = np.where(a > least, (a - least) / (root + np.sqrt(least)), 0.0)
         exact = error == 0
         return _rounded(root, np.where(exact, 0.0, np.maximum(above, below)), False, "float32")
 
@@ -135,6 +135,21 @@ class Bounded:
         error = np.maximum(self.error, other.error)
         return Bounded(np.maximum(self.value, other.value), error)
 
+    def sign(self) -> Bounded:
+        """1, 0 or -1; either is possible where the bound contains zero."""
+        error = np.where(self.error < np.abs(self.value), 0.0, 2.0)
+        return Bounded(np.sign(self.value), np.where(self.error == 0, 0.0, error))
+
+    def absolute(self) -> Bounded:
+        """Magnitude."""
+        return Bounded(np.abs(self.value), self.error)
+
+    def __array_ufunc__(self, function: np.ufunc, method: str, *operands: Bounded) -> Bounded:
+        """NumPy's functions on these numbers: the method of the same name."""
+        first, *others = operands
+        result: Bounded = getattr(first, function.__name__)(*others)
+        return result
+
     def stored(self, dtype: str) -> Bounded:
         """What is left after rounding to a storage format; float32 is the computing format."""
         if dtype == "float32":
@@ -142,59 +157,37 @@ class Bounded:
         return _rounded(self.value, self.error, np.abs(self.value) + self.error > 0, dtype)
 
 
-class BoundedAdamArrays(NamedTuple):
-    """What a step returns, in the order of `reference.AdamArrays`."""
-
-    param: Bounded
-    exp_avg: Bounded
-    exp_avg_sq: Bounded
-    max_exp_avg_sq: Bounded | None
-
-
 def _bounded(values: ArrayLike | Bounded) -> Bounded:
     return values if isinstance(values, Bounded) else Bounded.exact(values)
 
 
 @np.errstate(all="ignore")
-def bounded_adamw(
-    param: ArrayLike | Bounded,
-    grad: ArrayLike,
-    exp_avg: ArrayLike | Bounded,
-    exp_avg_sq: ArrayLike | Bounded,
-    max_exp_avg_sq: ArrayLike | Bounded | None = None,
-    *,
+def bounded_update(
+    rule: str,
+    *arrays: ArrayLike | Bounded,
     param_dtype: str = "float32",
     state_dtype: str = "float32",
     **hyperparameters: Any,
-) -> BoundedAdamArrays:
+) -> list[Bounded]:
     """One step of the float64 truth with its bounds; feed the result in again for the next step.
 
+    It is the reference's own function, run on numbers that carry their bound.
+
     Args:
-        param: the parameter: numbers that the engine starts from, or what the last step returned.
-        grad: its gradient, as the engine reads it (float32, or narrower and widened exactly).
-        exp_avg: first moment, likewise.
-        exp_avg_sq: second moment, not negative, likewise.
-        max_exp_avg_sq: its running maximum with AMSGrad, likewise.
+        rule: a key of `reference.RULES`.
+        arrays: param, gradient and states: numbers that the engine starts from, those that are
+            narrower than float32 widened, or what the last step returned.
         param_dtype: the parameter's storage format, a key of `FORMATS`.
         state_dtype: the states' storage format.
-        **hyperparameters: those of `reference.adamw` (all but ``dtype``).
+        hyperparameters: those of the rule, with its step.
+
+    Returns:
+        The new param and states.
     """
-    k = reference.adam_coefficients(**hyperparameters, dtype=np.float64)
-    b1, c1, b2, c2, eps, d, a = map(Bounded.coefficient, (k.b1, k.c1, k.b2, k.c2, k.eps, k.d, k.a))
-    p, g, m, v = map(_bounded, (param, grad, exp_avg, exp_avg_sq))
-    if hyperparameters.get("decay") == "l2" and hyperparameters["weight_decay"] != 0:
-        g = g + Bounded.coefficient(k.l2) * p
-    m = b1 * m + c1 * g
-    v = b2 * v + (c2 * g) * g
-    x = None if max_exp_avg_sq is None else _bounded(max_exp_avg_sq).maximum(v)
-    w = v if x is None else x
-    p = d * p - (a * m) / (w.sqrt() + eps)
-    return BoundedAdamArrays(
-        p.stored(param_dtype),
-        m.stored(state_dtype),
-        v.stored(state_dtype),
-        None if x is None else x.stored(state_dtype),
+    param, *states = reference.RULES[rule](
+        Bounded.coefficient, *map(_bounded, arrays), **hyperparameters
     )
+    return [param.stored(param_dtype), *(state.stored(state_dtype) for state in states)]
 
 
 def bound_ratio(actual: ArrayLike, bounded: Bounded) -> float:

@@ -15,7 +15,6 @@ from typing import Any, TypeAlias
 
 import numpy as np
 import torch
-from error_bounds import Bounded, bounded_adamw
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
@@ -40,31 +39,38 @@ class Rule:
     """A rule as the tests see it: a later rule is one more entry of `RULES`.
 
     Attributes:
-        name: what test ids call it.
-        hyperparameters: makes what a step takes of a group.
+        name: what the extension and the reference call it.
         states: names of the states that a group's options ask for.
-        squares: those of the states that are never negative.
         options: values of each option; their combinations are the variants.
         compiled: the options that the engines are compiled for; the rest are coefficients.
         loud: hyperparameters so large that an operation in the wrong place shows.
         changes: what a run changes of them, one after the other, between steps.
         numbers: draws hyperparameters from all that is accepted.
-        update: one step in float32 by the reference: of param, grad and states, with the keywords
-            step and those of a group, the new param and states.
-        bounded: the same with error bounds, and the keywords param_dtype and state_dtype too.
+        squares: those of the states that are never negative.
+        counts: whether its state has a step.
+        scalar: name of what it carries from step to step, if anything.
+        carry: from the scalar before a step, its number and the group, the scalar after it.
     """
 
     name: str
-    hyperparameters: Callable[..., _C.Hyperparameters]
     states: Callable[[Group], tuple[str, ...]]
-    squares: frozenset[str]
     options: Mapping[str, Sequence[Any]]
     compiled: Mapping[str, Sequence[Any]]
     loud: Group
     changes: Sequence[Group]
     numbers: st.SearchStrategy[dict[str, Any]]
-    update: Callable[..., Sequence[Array]]
-    bounded: Callable[..., Sequence[Bounded]]
+    squares: frozenset[str] = frozenset()
+    counts: bool = True
+    scalar: str | None = None
+    carry: Callable[[float, int, Group], float] = lambda scalar, step, group: scalar
+
+    def hyperparameters(self, **group: Any) -> _C.Hyperparameters:
+        """What a step takes of a group."""
+        return _C.Hyperparameters(self.name, group)
+
+    def position(self, step: int, scalar: float) -> dict[str, Any]:
+        """What the reference takes of a parameter beside its arrays."""
+        return {"step": step} | ({} if self.scalar is None else {"scalar": scalar})
 
     def variants(self) -> list[dict[str, Any]]:
         """Every combination of options."""
@@ -89,52 +95,143 @@ def _any_size(most: float) -> st.SearchStrategy[float]:
     return st.floats(0, most) | st.floats(0, allow_infinity=False)
 
 
-def _update_adam(*arrays: Any, amsgrad: bool, **hyperparameters: Any) -> list[Array]:
-    found = reference.adamw(*arrays, **hyperparameters)
-    return [array for array in found if array is not None]  # there is a maximum if one was given
+_COMMON = {"weight_decay": 0.1, "schedule_multiplier": 0.75, "lr": 0.1}
+_BETAS = {"beta1": 0.9, "beta2": 0.99}
+_DECAYS_AND_SIGNS = {"decay": _C.DECAYS, "maximize": (False, True)}
+_DECAYS_COMPILED = {"decay": ("lr", "l2"), "maximize": (False,)}
+_SIZES = {
+    "lr": _any_size(1),
+    "weight_decay": st.just(0.0) | _any_size(1),
+    "schedule_multiplier": _any_size(1),
+}
+_EPS = {"eps": st.sampled_from([0.0, 1e-8]) | _any_size(1e-3)}
 
 
-def _bounded_adam(*arrays: Any, amsgrad: bool, **hyperparameters: Any) -> list[Bounded]:
-    found = bounded_adamw(*arrays, **hyperparameters)
-    return [array for array in found if array is not None]
+def _below_one(*often: float) -> st.SearchStrategy[float]:
+    return st.sampled_from([0.0, *often]) | st.floats(0, 1, exclude_max=True)
 
+
+_DRAWN_BETAS = {"beta1": _below_one(0.9), "beta2": _below_one(0.999)}
 
 ADAM = Rule(
     name="adam",
-    hyperparameters=_C.AdamHyperparameters,
     states=lambda group: ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")[: 2 + group["amsgrad"]],
     squares=frozenset({"exp_avg_sq", "max_exp_avg_sq"}),
     options={"decay": _C.DECAYS, "amsgrad": (False, True), "maximize": (False, True)},
     compiled={"decay": ("lr", "l2"), "amsgrad": (False, True), "maximize": (False,)},
-    loud={
-        "lr": 0.1,
-        "beta1": 0.9,
-        "beta2": 0.99,
-        "eps": 1e-3,
-        "weight_decay": 0.1,
-        "schedule_multiplier": 0.75,
-    },
+    loud={**_COMMON, **_BETAS, "eps": 1e-3},
     changes=(
         {},
         {"lr": 0.03, "schedule_multiplier": 1.0},
         {"beta1": 0.5, "beta2": 0.9},
         {"eps": 1e-8, "weight_decay": 0.0},
     ),
-    numbers=st.fixed_dictionaries(
-        {
-            "lr": _any_size(1),
-            "beta1": st.sampled_from([0.0, 0.9]) | st.floats(0, 1, exclude_max=True),
-            "beta2": st.sampled_from([0.0, 0.999]) | st.floats(0, 1, exclude_max=True),
-            "eps": st.sampled_from([0.0, 1e-8]) | _any_size(1e-3),
-            "weight_decay": st.just(0.0) | _any_size(1),
-            "schedule_multiplier": _any_size(1),
-        }
+    numbers=st.fixed_dictionaries({**_SIZES, **_DRAWN_BETAS, **_EPS}),
+)
+NADAM = Rule(
+    name="nadam",
+    states=lambda group: ("exp_avg", "exp_avg_sq"),
+    squares=frozenset({"exp_avg_sq"}),
+    scalar="mu_product",
+    carry=lambda scalar, step, group: (
+        scalar * reference.momentum_schedule(group["beta1"], group["momentum_decay"], step)
     ),
-    update=_update_adam,
-    bounded=_bounded_adam,
+    options={**_DECAYS_AND_SIGNS, "scheduled_average": (False, True)},
+    compiled={**_DECAYS_COMPILED, "scheduled_average": (False,)},
+    loud={**_COMMON, **_BETAS, "eps": 1e-3, "momentum_decay": 0.3},
+    changes=(
+        {},
+        {"lr": 0.03, "schedule_multiplier": 1.0},
+        {"beta1": 0.5, "beta2": 0.9, "momentum_decay": 4e-3},
+        {"eps": 1e-8, "weight_decay": 0.0},
+    ),
+    numbers=st.fixed_dictionaries(
+        {**_SIZES, **_DRAWN_BETAS, **_EPS, "momentum_decay": st.just(4e-3) | _any_size(1)}
+    ),
+)
+SGD = Rule(
+    name="sgd",
+    states=lambda group: ("momentum_buffer",) if group["momentum"] else (),
+    counts=False,
+    options={**_DECAYS_AND_SIGNS, "momentum": (0.0, 0.9), "nesterov": (False, True)},
+    compiled={"momentum": (0.0, 0.9), **_DECAYS_COMPILED, "nesterov": (False,)},
+    loud={**_COMMON, "dampening": 0.25, "lr_in_momentum": True},
+    changes=(
+        {},
+        {"lr": 0.03, "schedule_multiplier": 1.0, "lr_in_momentum": False},
+        {"dampening": 0.0, "schedule_multiplier": 0.0},
+        {"weight_decay": 0.0},
+    ),
+    numbers=st.fixed_dictionaries(
+        {**_SIZES, "dampening": st.floats(-2, 2), "lr_in_momentum": st.booleans()}
+    ),
+)
+RMSPROP = Rule(
+    name="rmsprop",
+    states=lambda group: (
+        "square_avg",
+        *(["grad_avg"] if group["centered"] else []),
+        *(["momentum_buffer"] if group["momentum"] else []),
+    ),
+    squares=frozenset({"square_avg"}),
+    options={**_DECAYS_AND_SIGNS, "centered": (False, True), "momentum": (0.0, 0.9)},
+    compiled={**_DECAYS_COMPILED, "centered": (False, True), "momentum": (0.0, 0.9)},
+    loud={**_COMMON, "alpha": 0.9, "eps": 0.25},
+    changes=(
+        {},
+        {"lr": 0.03, "schedule_multiplier": 1.0},
+        {"alpha": 0.5},
+        {"eps": 1e-8, "weight_decay": 0.0},
+    ),
+    numbers=st.fixed_dictionaries({**_SIZES, **_EPS, "alpha": _below_one(0.99)}),
+)
+ADAGRAD = Rule(
+    name="adagrad",
+    states=lambda group: ("sum",),
+    squares=frozenset({"sum"}),
+    options=_DECAYS_AND_SIGNS,
+    compiled=_DECAYS_COMPILED,
+    loud={**_COMMON, "lr_decay": 0.1, "eps": 1e-3},
+    changes=({}, {"lr": 0.03, "schedule_multiplier": 1.0}, {"eps": 1e-8, "weight_decay": 0.0}),
+    numbers=st.fixed_dictionaries({**_SIZES, **_EPS, "lr_decay": _any_size(1)}),
+)
+ADADELTA = Rule(
+    name="adadelta",
+    states=lambda group: ("square_avg", "acc_delta"),
+    squares=frozenset({"square_avg", "acc_delta"}),
+    options=_DECAYS_AND_SIGNS,
+    compiled=_DECAYS_COMPILED,
+    loud={**_COMMON, "rho": 0.9, "eps": 1e-3},
+    changes=({}, {"lr": 0.5, "schedule_multiplier": 1.0}, {"rho": 0.5, "weight_decay": 0.0}),
+    numbers=st.fixed_dictionaries({**_SIZES, **_EPS, "rho": _below_one(0.9)}),
+)
+ADAMAX = Rule(
+    name="adamax",
+    states=lambda group: ("exp_avg", "exp_inf"),
+    squares=frozenset({"exp_inf"}),
+    options=_DECAYS_AND_SIGNS,
+    compiled=_DECAYS_COMPILED,
+    loud={**_COMMON, **_BETAS, "eps": 1e-3},
+    changes=(
+        {},
+        {"lr": 0.03, "schedule_multiplier": 1.0},
+        {"beta1": 0.5, "beta2": 0.9},
+        {"eps": 1e-8, "weight_decay": 0.0},
+    ),
+    numbers=st.fixed_dictionaries({**_SIZES, **_DRAWN_BETAS, **_EPS}),
+)
+LION = Rule(
+    name="lion",
+    states=lambda group: ("exp_avg",),
+    counts=False,
+    options=_DECAYS_AND_SIGNS,
+    compiled=_DECAYS_COMPILED,
+    loud={**_COMMON, **_BETAS},
+    changes=({}, {"lr": 0.03, "schedule_multiplier": 1.0}, {"beta1": 0.5, "weight_decay": 0.0}),
+    numbers=st.fixed_dictionaries({**_SIZES, **_DRAWN_BETAS}),
 )
 
-RULES = (ADAM,)
+RULES = (ADAM, NADAM, SGD, RMSPROP, ADAGRAD, ADADELTA, ADAMAX, LION)
 
 # --- Values --------------------------------------------------------------------------------------
 
@@ -287,6 +384,10 @@ class State:
         self.problem = problem
         self.memory = {dtype: bits.to(device, copy=True) for dtype, bits in problem.memory.items()}
         self.steps = [torch.tensor(float(parameter.step)) for parameter in problem.parameters]
+        self.scalars = [
+            torch.tensor(0.5 if parameter.step else 1.0, dtype=torch.float64)
+            for parameter in problem.parameters
+        ]
         self.taken = 0
         self._grads = [
             [
@@ -305,9 +406,22 @@ class State:
         ):
             names = self.problem.rule.states(self.problem.groups[parameter.group])
             state: dict[str, Any] = {name: self._tensor(slots[name]) for name in names}
-            state["step"] = self.steps[i]
-            param = self._tensor(slots["param"])
-            members.append(Member(param, state, names, parameter.group, f"parameter {i}"))
+            rule = self.problem.rule
+            if rule.counts:
+                state["step"] = self.steps[i]
+            if rule.scalar is not None:
+                state[rule.scalar] = self.scalars[i]
+            member = Member(
+                self._tensor(slots["param"]),
+                state,
+                names,
+                parameter.group,
+                f"parameter {i}",
+                counts=rule.counts,
+                scalar=rule.scalar,
+                fresh=parameter.step == 0,
+            )
+            members.append(member)
         return RegisteredList(members, "auto")
 
     def _tensor(self, slot: Slot) -> torch.Tensor:
@@ -329,7 +443,7 @@ class State:
         hyperparameters = self.gather(groups)
         for bucket in self.registered.native.buckets():
             run(bucket, hyperparameters)
-        self.registered.native.commit()
+            self.registered.native.commit(bucket)
         self.taken += 1
 
     def step_by_reference(self, groups: Sequence[Group] | None = None) -> None:
@@ -345,11 +459,13 @@ class State:
             written = ("param", *rule.states(group))
             param, *states = (self.read(i, name) for name in written)
             grad = self.read(i, f"grad {self.taken % self.problem.gradients}")
-            step = int(self.steps[i]) + 1
-            updated = rule.update(param, grad, *states, step=step, **group)
+            step, scalar = int(self.steps[i]) + 1, float(self.scalars[i])
+            position = rule.position(step, scalar)
+            updated = reference.update(rule.name, param, grad, *states, **position, **group)
             for name, values in zip(written, updated, strict=True):
                 array(self.memory, slots[name])[...] = reference.store(values, slots[name].dtype)
             self.steps[i].fill_(step)
+            self.scalars[i].fill_(rule.carry(scalar, step, group))
         self.taken += 1
 
     def read(self, index: int, name: str) -> NDArray[np.float32]:
@@ -393,9 +509,13 @@ def differences(expected: State, found: State) -> list[str]:
                 x[place].item() & 2 ** (8 * x.itemsize) - 1 for x in (found_bits, bits)
             )
             lines.append(f"{_describe(problem, dtype, place)}: {found_word:#x}, not {word:#x}")
-    for i, (step, found_step) in enumerate(zip(expected.steps, found.steps, strict=True)):
-        if step != found_step:
-            lines.append(f"step of {problem.name(i)}: {found_step}, not {step}")
+    for i in range(len(problem.parameters)):
+        for name, there, values, found_values in (
+            ("step", problem.rule.counts, expected.steps, found.steps),
+            ("scalar", problem.rule.scalar, expected.scalars, found.scalars),
+        ):
+            if there and values[i] != found_values[i]:
+                lines.append(f"{name} of {problem.name(i)}: {found_values[i]}, not {values[i]}")
     return lines
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from error_bounds import Bounded, bound_ratio
+from error_bounds import Bounded, bound_ratio, bounded_update
 from numpy.typing import NDArray
 from problems import (
     ADAM,
@@ -48,18 +48,21 @@ def bounds_after_each_step(problem: Problem, index: int, steps: int) -> list[Seq
     arrays: Sequence[Any] = [
         start.read(index, name) for name in ("param", *problem.rule.states(group))
     ]
-    found = []
+    found, rule, scalar = [], problem.rule, float(start.scalars[index])
     for step in range(steps):
         param, *states = arrays
-        arrays = problem.rule.bounded(
+        t = parameter.step + step + 1
+        arrays = bounded_update(
+            rule.name,
             param,
             start.read(index, f"grad {step % problem.gradients}"),
             *states,
-            step=parameter.step + step + 1,
+            **rule.position(t, scalar),
             param_dtype=parameter.dtypes[0],
             state_dtype=parameter.dtypes[2],
             **group,
         )
+        scalar = rule.carry(scalar, t, group)
         found.append(arrays)
     return found
 
@@ -80,8 +83,12 @@ def test_engines_are_within_the_bound(rule: Rule, dtypes: Format) -> None:
                 for slot, bounded in zip(names, bounds[i][step], strict=True):
                     ratio = bound_ratio(state.read(i, slot), bounded)
                     assert ratio <= 1, f"{name}, step {step + 1}, {slot} of {problem.name(i)}"
-    for bounded in (bound for steps in bounds for arrays in steps for bound in arrays):
-        assert np.isfinite(bounded.error).all(), "a bound that admits anything"
+    for i, group in enumerate(groups):
+        # What is left of a second moment after a mean's square may vanish, and its root's bound is
+        # then that of no digit at all.
+        least = 0.8 if group.get("centered") else 1.0
+        for bounded in (bound for arrays in bounds[i] for bound in arrays):
+            assert np.isfinite(bounded.error).mean() >= least, "a bound that admits anything"
 
 
 # --- Mistakes ------------------------------------------------------------------------------------

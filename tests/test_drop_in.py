@@ -25,7 +25,7 @@ from drawn_training import (
     state_tensors,
     train,
 )
-from error_bounds import Bounded, BoundedAdamArrays, bound_ratio, bounded_adamw
+from error_bounds import Bounded, bound_ratio, bounded_update
 from torch import Tensor, nn
 from torch.optim import Adam, AdamW, Optimizer, lr_scheduler
 from torch.optim import optimizer as torch_optimizer
@@ -42,23 +42,28 @@ def copied_tensors(optimizer: Optimizer, param: Tensor) -> list[Tensor]:
 # --- Interface -----------------------------------------------------------------------------------
 
 
+OWN = {"decay": "lr", "schedule_multiplier": 1.0, "schedule": None, "schedule_step": 0}
+"""What a param group has beyond torch's, by default."""
+
+
 def test_signature_extends_torchs() -> None:
     ours = list(inspect.signature(FusedAdamW).parameters.values())
     theirs = list(inspect.signature(AdamW).parameters.values())
     facts = [[(p.name, p.kind, p.default) for p in parameters] for parameters in (ours, theirs)]
     assert facts[0][: len(theirs)] == facts[1]
     own = {p.name: p.default for p in ours[len(theirs) :]}
-    assert own == {"engine": "auto", "decay": "lr", "schedule_multiplier": 1.0, "state_dtype": None}
+    assert own == {"engine": "auto", "state_dtype": None} | {
+        name: value for name, value in OWN.items() if name != "schedule_step"
+    }
     assert all(p.kind is inspect.Parameter.KEYWORD_ONLY for p in ours[len(theirs) :])
 
 
 def test_defaults_and_groups_are_torchs() -> None:
     actual, expected = FusedAdamW(make_params()), AdamW(make_params())
     assert isinstance(actual, Optimizer)
-    own = {"decay": "lr", "schedule_multiplier": 1.0}
-    assert actual.defaults == {**expected.defaults, **own}
+    assert actual.defaults == {**expected.defaults, **OWN}
     (ours,), (theirs,) = actual.param_groups, expected.param_groups
-    assert ours.keys() == theirs.keys() | own.keys()
+    assert ours.keys() == theirs.keys() | OWN.keys()
     assert "lr: 0.001" in repr(actual)
 
 
@@ -96,9 +101,8 @@ def test_state_dict_looks_like_torchs(dtype: torch.dtype, amsgrad: bool) -> None
         dicts.append(optimizer.state_dict())
     ours, theirs = dicts
     assert list(ours) == list(theirs)
-    own = {"decay", "schedule_multiplier"}
     for x, y in zip(ours["param_groups"], theirs["param_groups"], strict=True):
-        assert {k: v for k, v in x.items() if k not in own} == y
+        assert {k: v for k, v in x.items() if k not in OWN} == y
     assert list(ours["state"]) == list(theirs["state"])
     for index, state in theirs["state"].items():
         assert list(ours["state"][index]) == list(state)
@@ -503,14 +507,15 @@ def test_changed_hyperparameters_against_float64(decay: str, amsgrad: bool) -> N
     optimizer = FusedAdamW([param], **LOUD, decay=decay, amsgrad=amsgrad)
     zeros = Bounded.exact(np.zeros(257))
     start = Bounded.exact(param.detach().numpy())
-    truth = BoundedAdamArrays(start, zeros, zeros, zeros if amsgrad else None)
+    truth = [start, zeros, zeros, *([zeros] if amsgrad else [])]
     (group,) = optimizer.param_groups
     for step, changes in enumerate(CHANGES):
         group.update(changes)
         set_grads([param], step)
         optimizer.step()
-        truth = bounded_adamw(
-            truth.param,
+        truth = bounded_update(
+            "adam",
+            truth[0],
             param.grad.numpy(),
             *truth[1:],
             step=step + 1,
@@ -518,6 +523,7 @@ def test_changed_hyperparameters_against_float64(decay: str, amsgrad: bool) -> N
             beta2=group["betas"][1],
             **{k: group[k] for k in ("lr", "eps", "weight_decay", "schedule_multiplier")},
             decay=decay,
+            amsgrad=amsgrad,
             maximize=group["maximize"],
         )
         found = [param.detach(), *(optimizer.state[param][name] for name in MOMENTS)]

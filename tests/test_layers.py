@@ -18,8 +18,8 @@ CSRC = ROOT / "csrc"
 # What each folder of csrc may include, from csrc and from elsewhere.
 STANDARD = r"c?[a-z_]+"  # <vector>, <cmath>
 INCLUDES = {
-    "rules": r"cmath|cstdint|core/platform\.h|rules/.*",
-    "rules/registry.h": r"core/rule_variant\.h|rules/.*",  # what the engines ask for by name
+    "rules": r"array|cmath|cstdint|core/platform\.h|rules/.*",
+    "rules/registry.h": rf"{STANDARD}|rules/.*",  # what the other layers see of rules
     "storage": rf"{STANDARD}|core/platform\.h|storage/.*",
     "core": rf"{STANDARD}|(core|storage)/.*",
     "cpu": rf"{STANDARD}|omp\.h|(cpu|core|storage|rules)/.*",

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from error_bounds import Bounded, bound_ratio, bounded_adamw
+from error_bounds import Bounded, bound_ratio, bounded_update
 from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
@@ -185,8 +185,8 @@ def test_float64_is_torch(decay: str, optimizer: str, amsgrad: bool, maximize: b
 
 @given(hyperparameters, st.sampled_from(DECAYS), st.booleans())
 def test_coefficients_are_rounded_once(h: dict[str, Any], decay: str, maximize: bool) -> None:
-    wide = reference.adam_coefficients(**h, decay=decay, maximize=maximize, dtype=np.float64)
-    narrow = reference.adam_coefficients(**h, decay=decay, maximize=maximize)
+    wide = reference.adam_coefficients(np.float64, **h, decay=decay, maximize=maximize)
+    narrow = reference.adam_coefficients(np.float32, **h, decay=decay, maximize=maximize)
     for field in dataclasses.fields(wide):
         assert getattr(narrow, field.name).dtype == np.float32
         assert getattr(narrow, field.name) == np.float32(getattr(wide, field.name))
@@ -216,7 +216,7 @@ def test_float32_rounds_every_operation(decay: str, amsgrad: bool, maximize: boo
     h = {**LOUD, "step": 7, "decay": decay, "maximize": maximize}
     updated = reference.adamw(p, g, m, v, x if amsgrad else None, **h)
 
-    coefficients = dataclasses.asdict(reference.adam_coefficients(**h))
+    coefficients = dataclasses.asdict(reference.adam_coefficients(np.float32, **h))
     k = SimpleNamespace(**{name: np.float64(value) for name, value in coefficients.items()})
     sign = -1.0 if maximize else 1.0
     g = sign * g
@@ -290,6 +290,7 @@ def run_with_bounds(
     engine_state: list[Any] = [draw(param_dtype), zeros, zeros, zeros if amsgrad else None]
     bounded, truth = list(engine_state), list(engine_state)
     dtypes = (param_dtype, state_dtype, state_dtype, state_dtype)
+    present = 4 if amsgrad else 3
     for step in range(1, steps + 1):
         grad = draw("float32")
         values = reference.adamw(engine_state[0], grad, *engine_state[1:], step=step, **h)
@@ -297,19 +298,18 @@ def run_with_bounds(
             None if array is None else reference.load(reference.store(array, dtype), dtype)
             for array, dtype in zip(values, dtypes, strict=True)
         ]
-        bounded = list(
-            bounded_adamw(
-                bounded[0],
-                grad,
-                *bounded[1:],
-                step=step,
-                param_dtype=param_dtype,
-                state_dtype=state_dtype,
-                **h,
-            )
+        bounded = bounded_update(
+            "adam",
+            bounded[0],
+            grad,
+            *bounded[1:present],
+            step=step,
+            amsgrad=amsgrad,
+            param_dtype=param_dtype,
+            state_dtype=state_dtype,
+            **{"decay": "lr", **h},
         )
         truth = list(reference.adamw(truth[0], grad, *truth[1:], step=step, **h, dtype=np.float64))
-    present = 4 if amsgrad else 3
     return engine_state[:present], bounded[:present], truth[:present]
 
 
@@ -364,8 +364,9 @@ def test_bound_holds_everywhere(
 def test_bound_is_infinite_where_the_denominator_may_vanish() -> None:
     h = {**LOUD, "eps": 0.0}
     grad = np.array([0.0, 1e-30, 1.0], np.float32)
-    bounded = bounded_adamw(np.ones(3), grad, np.zeros(3), np.zeros(3), step=1, **h)
-    np.testing.assert_array_equal(np.isinf(bounded.param.error), [True, True, False])
+    zeros = np.zeros(3)
+    param, *_ = bounded_update("adam", np.ones(3), grad, zeros, zeros, step=1, decay="lr", **h)
+    np.testing.assert_array_equal(np.isinf(param.error), [True, True, False])
 
 
 @given(seeds)
@@ -474,12 +475,14 @@ def test_engine_updates_memory_in_place(dtypes: tuple[str, str, str], amsgrad: b
         numels=np.array(numels),
         groups=np.array(groups),
         steps=np.array(steps),
+        scalars=np.zeros(len(steps)),
     )
     by_group = [
         {**LOUD, "decay": "lr", "maximize": False},
         {**LOUD, "decay": "l2", "maximize": True},
     ]
-    engine.run(bucket, [SimpleNamespace(**h, amsgrad=amsgrad) for h in by_group])
+    values = [{**h, "amsgrad": amsgrad} for h in by_group]
+    engine.run(bucket, [SimpleNamespace(rule="adam", values=h) for h in values])
 
     for old, new, group, step in zip(before, memory, groups, steps, strict=True):
         values = [reference.load(array, dtype) for array, dtype in zip(old, slots, strict=True)]

@@ -84,7 +84,9 @@ def test_all_variants_over_a_hundred_steps(rule: Rule, dtypes: Format) -> None:
     groups = rule.groups()
     parameters = [Parameter(37, dtypes, group) for group in range(len(groups))]
     problem = Problem(rule, groups, parameters, gradients=3)
-    assert_same_bits(problem, after=(1, 2, 10, 100))
+    # How a format is loaded and stored has nothing to do with the rule.
+    long = rule is ADAM or dtypes in UNIFORM_FORMATS
+    assert_same_bits(problem, after=(1, 2, 10, 100) if long else (1, 2, 10))
 
 
 @uniform_formats
@@ -218,7 +220,9 @@ def test_a_list_without_elements() -> None:
 @all_rules
 def test_special_values(rule: Rule, dtypes: Format, values: str) -> None:
     """Zeros, denormals, infinities, NaNs, huge and tiny numbers in all arrays at once."""
-    groups = [*rule.groups(), *({**group, "eps": 0.0} for group in rule.groups(rule.compiled))]
+    groups = rule.groups()
+    if "eps" in rule.loud:
+        groups += [{**group, "eps": 0.0} for group in rule.groups(rule.compiled)]
     parameters = [
         Parameter(600, dtypes, group, step=9 * (group % 2)) for group in range(len(groups))
     ]
@@ -387,6 +391,8 @@ def test_function_on_every_engine(engine: str) -> None:
 @all_formats
 @all_rules
 def test_triton_all_variants(rule: Rule, dtypes: Format) -> None:
+    if rule is not ADAM and dtypes not in UNIFORM_FORMATS:
+        pytest.skip("how a format is loaded and stored has nothing to do with the rule")
     groups = rule.groups()
     parameters = [Parameter(19, dtypes, group, step=group) for group in range(len(groups))]
     problem = Problem(rule, groups, parameters, gradients=2)

@@ -33,6 +33,7 @@ THREADS = update.THREADS.value
 
 pytestmark = [] if engine.interpreted() else [pytest.mark.gpu]
 
+ADAM = triton_kernels.RULES["adam"]
 F32, BF16, F16 = "float32", "bfloat16", "float16"
 # param, grad, state
 COMBINATIONS: list[Dtypes] = [
@@ -83,7 +84,8 @@ def hyperparameter_rows(l2: bool) -> list[Hyperparameters]:
 
 def coefficients(rows: Sequence[Hyperparameters]) -> Array:
     return np.array(
-        [dataclasses.astuple(reference.adam_coefficients(**row)) for row in rows], np.float32
+        [dataclasses.astuple(reference.adam_coefficients(np.float32, **row)) for row in rows],
+        np.float32,
     )
 
 
@@ -168,7 +170,7 @@ def check(
     ]
     numels = [len(slots[0]) for slots in tensors]
     row_of = [i % len(rows) for i in range(len(tensors))]
-    launch(placed, numels, row_of, coefficients(rows), dtypes, triton_kernels.adam, (l2, amsgrad))
+    launch(placed, numels, row_of, coefficients(rows), dtypes, ADAM, (l2, amsgrad, False))
 
     names = slot_dtypes(dtypes, amsgrad)
     for i, slots in enumerate(tensors):
@@ -331,7 +333,7 @@ def test_index_beyond_31_bits() -> None:
         torch.tensor(chunks, dtype=torch.int32, device=DEVICE),
         torch.tensor([record], device=DEVICE),
         torch.from_numpy(table).to(DEVICE),
-        **update.constants(triton_kernels.adam, (False, False), (F32, F32, F32), 4, table.shape[1]),
+        **update.constants(ADAM, (False, False, False), (F32, F32, F32), 4, table.shape[1]),
         **update.COMPILE_OPTIONS,
     )
     param, exp_avg, exp_avg_sq, _ = reference.adamw(*slots, **LOUD)
@@ -354,8 +356,8 @@ def test_nothing_to_do(tensors: int) -> None:
         torch.zeros(tensors, dtype=torch.int64),
         torch.zeros(tensors, dtype=torch.int32),
         torch.from_numpy(table),
-        rule=triton_kernels.adam,
-        options=(False, False),
+        rule=ADAM,
+        options=(False, False, False),
         dtypes=(F32, F32, F32),
         device=DEVICE,
     )
@@ -372,7 +374,12 @@ def bucket(tensors: list[list[Placed]], numels: list[int], row: Hyperparameters)
     for array in arrays.values():
         array.setflags(write=False)
     return SimpleNamespace(
-        l2=False, amsgrad=True, param_dtype=BF16, grad_dtype=F32, state_dtype=F32, **arrays
+        functor="adam",
+        options=(False, True, False),
+        param_dtype=BF16,
+        grad_dtype=F32,
+        state_dtype=F32,
+        **arrays,
     )
 
 

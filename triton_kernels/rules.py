@@ -79,10 +79,10 @@ def sgd(param, grad, states, coefficients, OPTIONS: tl.constexpr):
         param: the parameter.
         grad: its gradient.
         states: momentum_buffer, where there is momentum.
-        coefficients: see the first line; nesterov is 0 without Nesterov's momentum.
+        coefficients: see the first line; lookahead is 0 without Nesterov's momentum.
         OPTIONS: a bool: momentum.
     """
-    sign, l2, momentum, c, nesterov, d, a = coefficients
+    sign, l2, momentum, c, ahead, lookahead, d, a = coefficients
     MOMENTUM: tl.constexpr = OPTIONS[0]
 
     g = effective(sign, l2, grad, param)  # line 6
@@ -90,7 +90,7 @@ def sgd(param, grad, states, coefficients, OPTIONS: tl.constexpr):
     updated = ()
     if MOMENTUM:
         m = momentum * states[0] + c * g  # line 8
-        u = tl.where(nesterov != 0, nesterov * g + momentum * m, m)
+        u = tl.where(lookahead != 0, ahead * g + lookahead * m, m)
         updated = (m,)  # type: ignore[assignment]
     return d * param - a * u, updated  # line 9
 
@@ -123,7 +123,7 @@ def rmsprop(param, grad, states, coefficients, OPTIONS: tl.constexpr):
     if MOMENTUM:
         buffer = momentum * states[len(updated)] + tl.div_rn(g, scaled)
         return d * param - a * buffer, updated + (buffer,)  # noqa: RUF005
-    else:
+    else:  # noqa: RET505 (Triton compiles both returns where it sees no alternative)
         return d * param - tl.div_rn(a * g, scaled), updated
 
 

@@ -76,8 +76,10 @@ void ParameterList::register_entry(std::size_t i) {
 
   PyObject* param = item(registration_.params, i);
   entry.param = param;
-  entry.gradient = gradient_reader(param);
-  if (!entry.active) return;
+  if (!entry.active) {
+    entry.gradient = gradient_reader(param);
+    return;
+  }
   dlpack::Tensor tensor;
   if (!view(param, tensor)) refuse(PyExc_RuntimeError, entry, "is ", param);
   if (!to_dtype(tensor.dtype, entry.dtype)) {
@@ -90,6 +92,7 @@ void ParameterList::register_entry(std::size_t i) {
   dims_.insert(dims_.end(), tensor.strides, tensor.strides + tensor.ndim);
   entry.numel = count_elements(tensor.ndim, tensor.shape);
   entry.device = tensor.device;
+  entry.gradient = gradient_reader(param);
   entry.data = address(tensor);
   if (!is_dense(tensor.ndim, tensor.shape, tensor.strides)) {
     fail(PyExc_ValueError, entry,

@@ -12,7 +12,8 @@ struct SgdCoefficients {
   float l2;        // lambda where decay is added to the gradient
   float momentum;  // mu
   float c;         // of the gradient in the buffer
-  float nesterov;  // of the gradient beside the buffer; 0 without Nesterov's momentum
+  float ahead;      // of the gradient beside the buffer, with Nesterov's momentum
+  float lookahead;  // of the buffer then: mu; 0 without
   float d;         // what decay leaves of the parameter
   float a;         // of what is subtracted
 };
@@ -31,7 +32,7 @@ struct Sgd {
     if constexpr (kMomentum) {
       float& m = state[0];
       m = c.momentum * m + c.c * g;  // line 8
-      u = c.nesterov != 0.0f ? c.nesterov * g + c.momentum * m : m;
+      u = c.lookahead != 0.0f ? c.ahead * g + c.lookahead * m : m;
     }
     param = c.d * param - c.a * u;  // line 9
   }
@@ -68,7 +69,8 @@ struct SgdRule {
     c.l2 = to_coefficient(decay.l2);
     c.momentum = to_coefficient(h.momentum);
     c.c = to_coefficient(at.t == 1 ? inside : inside * (1.0 - h.dampening));
-    c.nesterov = to_coefficient(h.nesterov != 0.0 ? inside : 0.0);
+    c.ahead = to_coefficient(inside);
+    c.lookahead = to_coefficient(h.nesterov != 0.0 ? h.momentum : 0.0);
     c.d = to_coefficient(decay.keep);
     c.a = to_coefficient(outside * decay.step);
     return c;
