@@ -4,9 +4,9 @@
 #   bench/gpu_suite.sh OUT_DIR
 #
 # builds in place for the GPU that is here, runs the GPU tests, the step benchmark and
-# compute-sanitizer, and leaves logs, bench.json and summary.txt in OUT_DIR. Needed: a CUDA toolkit,
-# and a `python3` with torch, triton, pybind11, ninja, setuptools, numpy, pytest, hypothesis and
-# rich. The most important parts come first, each has its own time limit, and none depends on
+# compute-sanitizer, and leaves logs, bench.json, bench.png and summary.txt in OUT_DIR. Needed: a
+# CUDA toolkit, and a `python3` with torch, triton, pybind11, ninja, setuptools, numpy, pytest,
+# hypothesis and rich; matplotlib for the picture. The most important parts come first, each has its own time limit, and none depends on
 # another's success. The exit code is 0 if every part that could be run passed, 1 if one did not, 2
 # for a wrong call, 3 where there is no GPU.
 #
@@ -82,7 +82,8 @@ verify() {
 }
 
 benchmark() {
-  python3 -m bench --device cuda --json "$1/bench.json"
+  # The most important cases come first; where the time ends, what was measured is written.
+  python3 -m bench --device cuda --rounds 9 --block-ms 20 --json "$1/bench.json"
 }
 
 sanitize() {
@@ -133,7 +134,7 @@ part() {
   note "$name" $((SECONDS - begin)) "$result" "$log"
 }
 
-rm -f -- "$out"/{build,engines,tests,verify,bench,sanitizer}.log "$out"/{bench.json,summary.txt}
+rm -f -- "$out"/{build,engines,tests,verify,bench,sanitizer}.log "$out"/{bench.json,bench.png,summary.txt}
 part build 180 build.log build
 part engines 60 engines.log engines
 part tests 210 tests.log gpu_tests
