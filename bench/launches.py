@@ -42,6 +42,6 @@ def _kernels(started: Started) -> int:
     names = [
         event.name
         for event in profiler.events()
-        if event.device_type == torch.autograd.DeviceType.CUDA
+        if event.device_type == torch.autograd.DeviceType.CUDA and not event.is_user_annotation
     ]
     return sum(not name.startswith(("Memcpy", "Memset")) for name in names)

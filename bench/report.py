@@ -20,7 +20,7 @@ class BadReportError(Exception):
 
 
 def _check(check: Check) -> dict[str, Any]:
-    """An error that is infinite, which JSON does not know, is null."""
+    """An error that is infinite or NaN, which JSON does not know, is null."""
     error = check.error if math.isfinite(check.error) else None
     return {"error": error, "tolerance": check.tolerance}
 
