@@ -7,13 +7,15 @@ CPP_FILES = $(shell find $(wildcard csrc tests bench) -name '*.cpp' -o -name '*.
 
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help demo test microbench bench kernels gpu-suite lint format clean FORCE
+.PHONY: help demo test microbench bench bench-peers kernels gpu-suite lint format clean FORCE
 
 help:
 	@echo "make demo        train a small GPT next to torch.optim.AdamW (ARGS=... for train_gpt.py)"
 	@echo "make test        run every test (ARGS=... for pytest)"
+	@echo "make bench       our engines and their peers side by side: a table and a picture"
+	@echo "                 (ARGS=... for bench: --quick, --help)"
+	@echo "make bench-peers install the peers that torch does not bring, as far as they install"
 	@echo "make microbench  time the steps in bench/ (ARGS=... for pytest)"
-	@echo "make bench       our engines and torch's side by side, interleaved (ARGS=... for bench)"
 	@echo "make kernels     what the compilers make of every GPU kernel, into bench/results/kernels.md"
 	@echo "make gpu-suite   everything that needs a GPU, into OUT=build/gpu-suite (WHEELS=folder of peers)"
 	@echo "make lint        ruff, mypy, clang-format"
@@ -34,6 +36,8 @@ bench: $(VENV)/built $(VENV)/dev
 
 kernels: $(VENV)/built $(VENV)/dev
 	$(BIN)/python -m bench.kernels $(ARGS)
+
+bench-peers: $(VENV)/built $(VENV)/dev $(VENV)/peers
 
 gpu-suite:
 	bench/gpu_suite.sh $(or $(OUT),build/gpu-suite) $(WHEELS)
@@ -66,6 +70,15 @@ $(VENV)/demo: requirements/demo.txt | $(BIN)/python
 
 $(VENV)/dev: requirements/dev.txt $(VENV)/demo
 	$(BIN)/pip install -r $<
+	@touch $@
+
+# One at a time, without touching torch, so that one that does not install leaves the others.
+# DeepSpeed is told not to look for CUDA; it compiles what it needs when it is first used.
+$(VENV)/peers: requirements/peers.txt $(VENV)/demo
+	@grep -v '^#' $< | while read -r peer; do \
+	  DS_IGNORE_CUDA_DETECTION=1 $(BIN)/pip install -c requirements/demo.txt "$$peer" || \
+	    echo "$$peer does not install here" >&2; \
+	done
 	@touch $@
 
 $(VENV)/built: $(VENV)/demo $(VENV)/options setup.py pyproject.toml $(shell find csrc -type f)

@@ -1,7 +1,9 @@
-"""`python -m bench`."""
+"""`python -m bench`, and `python -m bench compare`."""
 
 import sys
 
-from bench.compare import main
+from bench import cli, comparison
 
-sys.exit(main())
+if sys.argv[1:2] == ["compare"]:
+    sys.exit(comparison.main(sys.argv[2:]))
+sys.exit(cli.main())

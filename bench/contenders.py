@@ -1,42 +1,67 @@
-"""Who is measured: our engines and the optimizers they are compared with."""
+"""What takes part in a comparison: something that starts an optimizer over given parameters."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.optim import AdamW, Optimizer
+from torch.optim import Optimizer
 
-from fused_adamw import FusedAdamW, available_engines
+import fused_adamw
+from bench.rules import Rule
 
+# Our engines by type of device, the one to compare with first. The reference is for checks; it is
+# only timed when it is asked for.
 ENGINES = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}
-TORCH_FUSED, TORCH_FOREACH = "torch fused", "torch foreach"
+
+
+class Started(NamedTuple):
+    """An optimizer over some parameters, and the call that is its step."""
+
+    optimizer: Optimizer
+    step: Callable[[], object]
 
 
 @dataclass(frozen=True)
 class Contender:
-    """An optimizer by name; `make` takes parameters that have gradients."""
+    """An optimizer by name.
+
+    Attributes:
+        name: what tables call it.
+        start: takes parameters that have gradients.
+        ours: whether it is one of our engines, whose result has to be exact.
+        most_tensors: the longest list it is measured on, if there is a bound.
+        why_most: the reason for the bound.
+        state_itemsize: bytes of an element of its states, if not those of the parameter.
+    """
 
     name: str
-    make: Callable[[list[Tensor]], Optimizer]
+    start: Callable[[list[Tensor]], Started]
     ours: bool = False
+    most_tensors: int | None = None
+    why_most: str = ""
+    state_itemsize: int | None = None
 
 
-def contenders(device: torch.device) -> list[Contender]:
-    """Our engines that are present, the best first, then the others."""
-    # torch's AdamW has these defaults too; here they stand so that both take the same.
-    options: dict[str, Any] = {"lr": 1e-3, "weight_decay": 1e-2}
-    present = available_engines()
+def start_ours(rule: Rule, engine: str, params: list[Tensor]) -> Started:
+    """Our optimizer on one engine."""
+    optimizer = getattr(fused_adamw, rule.ours)(params, engine=engine, **rule.options)
+    return Started(optimizer, optimizer.step)
+
+
+def our_engines(device: torch.device) -> list[str]:
+    """Those that are measured on a device unless others are asked for, if they are present."""
+    present = fused_adamw.available_engines()
+    return [engine for engine in ENGINES[device.type] if engine in present]
+
+
+def ours(rule: Rule, engines: list[str]) -> list[Contender]:
+    """Our engines as contenders."""
     return [
-        *(
-            Contender(f"ours {engine}", partial(FusedAdamW, engine=engine, **options), ours=True)
-            for engine in ENGINES[device.type]
-            if engine in present
-        ),
-        Contender(TORCH_FUSED, partial(AdamW, fused=True, **options)),
-        Contender(TORCH_FOREACH, partial(AdamW, foreach=True, **options)),
+        Contender(f"ours {engine}", partial(start_ours, rule, engine), ours=True)
+        for engine in engines
     ]

@@ -45,7 +45,24 @@ def free_bytes(device: torch.device) -> int | None:
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     available = _field("/proc/meminfo", "MemAvailable")
-    return int(available.split()[0]) * 1024 if available else None
+    if available is None:
+        return None
+    free = int(available.split()[0]) * 1024
+    try:  # a container may have less
+        group = Path("/sys/fs/cgroup")
+        most = int((group / "memory.max").read_text())
+        return min(free, most - int((group / "memory.current").read_text()))
+    except (OSError, ValueError):  # no such file, or "max"
+        return free
+
+
+def cache_bytes(device: torch.device) -> int:
+    """Size of the last cache before the memory; 64 MiB if that cannot be told."""
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).L2_cache_size)
+    sizes = [path.read_text() for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("*/size")]
+    kib = [int(size.strip().removesuffix("K")) for size in sizes if size.strip().endswith("K")]
+    return max(kib, default=64 << 10) << 10
 
 
 def cpu_name() -> str:
@@ -84,6 +101,7 @@ def describe(device: torch.device) -> dict[str, Any]:
             "cpu": cpu_name(),
             "cpus": os.cpu_count(),
             "memory": _field("/proc/meminfo", "MemTotal"),
+            "cache_bytes": cache_bytes(device),
             "gpu": gpu,
         },
         "versions": {

@@ -1,4 +1,4 @@
-"""The limit that memory sets, measured in the same run: plain passes over the bytes of a step.
+"""The limit that memory sets, measured in the same run: plain passes over memory.
 
 On a GPU the limit is a copy. On a CPU a copy would be no limit: it stores to lines that it has not
 read, which the processor therefore reads first, only to have them overwritten; an optimizer stores
@@ -10,40 +10,57 @@ the limit: a step is held against the best that any of them gets out of the memo
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Mapping
 
 import torch
+from torch import Tensor
+
+from bench.timing import Call, in_turns
 
 COPY = "copy_"
+# A pass over more than this says nothing new, and takes memory from the case.
+MOST_BYTES = 1 << 30
+# Of memory for each byte that a pass reads or writes: three arrays, four accesses.
+MEMORY = 3 / 4
+_TINY = 1e-9  # values stay as they are; nothing is skipped
 
 
-def streams(total_bytes: int, device: torch.device) -> dict[str, Callable[[], object]]:
-    """Operations by name, each of which reads and writes `total_bytes` in all.
+def _passes(scratch: Tensor, total_bytes: int) -> dict[str, Call]:
+    """Operations by name, each of which reads and writes `total_bytes` in all."""
 
-    They are float32 whatever the dtype of the case: only bytes count here.
-    """
-    scratch = torch.rand(3 * (total_bytes // 16) + 4, device=device)
-
-    def arrays(count: int, accesses: int) -> tuple[torch.Tensor, ...]:
+    def arrays(count: int, accesses: int) -> tuple[Tensor, ...]:
         numel = total_bytes // (4 * accesses)
         return tuple(scratch[i * numel : (i + 1) * numel] for i in range(count))
 
     (negated,) = arrays(1, accesses=2)
     added_to, added = arrays(2, accesses=3)
     target, x, y = arrays(3, accesses=4)
-    tiny = 1e-9  # values stay as they are; nothing is skipped
-    found: dict[str, Callable[[], object]] = {
+    to, source = arrays(2, accesses=2)
+    return {
         "neg_ (1 read, 1 write)": negated.neg_,
-        "add_ (2 reads, 1 write)": lambda: added_to.add_(added, alpha=tiny),
-        "addcmul_ (3 reads, 1 write)": lambda: target.addcmul_(x, y, value=tiny),
+        "add_ (2 reads, 1 write)": lambda: added_to.add_(added, alpha=_TINY),
+        "addcmul_ (3 reads, 1 write)": lambda: target.addcmul_(x, y, value=_TINY),
+        COPY: lambda: to.copy_(source),
     }
-    if device.type == "cuda":
-        to, source = arrays(2, accesses=2)
-        found[COPY] = lambda: to.copy_(source)
-    return found
 
 
-def limit(seconds: dict[str, float], device: torch.device) -> tuple[str, float]:
+def streams(total_bytes: int, device: torch.device, copies: int = 1) -> dict[str, Call]:
+    """Operations by name, each of which reads and writes `total_bytes` in all.
+
+    They are float32 whatever the dtype of the case: only bytes count here.
+
+    Args:
+        total_bytes: at most `MOST_BYTES`.
+        device: where.
+        copies: how many pieces of memory the calls take in turns.
+    """
+    numel = int(total_bytes * MEMORY / 4) + 4
+    each = [_passes(torch.rand(numel, device=device), total_bytes) for _ in range(copies)]
+    names = [name for name in each[0] if name != COPY or device.type == "cuda"]
+    return {name: in_turns([passes[name] for passes in each]) for name in names}
+
+
+def limit(seconds: Mapping[str, float], device: torch.device) -> tuple[str, float]:
     """Which stream is the limit, and its seconds.
 
     Args:

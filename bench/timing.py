@@ -3,26 +3,38 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import NamedTuple
 
 import torch
 
 Call = Callable[[], object]
 
 
-@dataclass
-class Series:
-    """Seconds a call, a number for each round.
+class Block(NamedTuple):
+    """Seconds that some calls in a row took.
 
     Attributes:
-        repeats: calls in a row that each number is the mean of.
         wall: from before the first call until the last one's work is done.
         device: the same by the GPU's own clock (CUDA events); on a CPU the wall time.
         host: until the last call has returned; on a CPU the wall time.
+    """
+
+    wall: float
+    device: float
+    host: float
+
+
+@dataclass
+class Series:
+    """Seconds a call, a number for each round: the fields of `Block`, divided by `repeats`.
+
+    Attributes:
+        repeats: calls in a row that each number is the mean of.
     """
 
     repeats: int
@@ -30,19 +42,24 @@ class Series:
     device: list[float] = field(default_factory=list)
     host: list[float] = field(default_factory=list)
 
-    def add(self, wall: float, device: float, host: float) -> None:
-        """Appends one block's times, in seconds for all its calls."""
-        self.wall.append(wall / self.repeats)
-        self.device.append(device / self.repeats)
-        self.host.append(host / self.repeats)
+    def add(self, block: Block) -> None:
+        """Appends a block's times."""
+        self.wall.append(block.wall / self.repeats)
+        self.device.append(block.device / self.repeats)
+        self.host.append(block.host / self.repeats)
+
+    def cut(self, rounds: int) -> None:
+        """Forgets all but the first rounds."""
+        for samples in (self.wall, self.device, self.host):
+            del samples[rounds:]
 
 
-def median(samples: list[float]) -> float:
+def median(samples: Sequence[float]) -> float:
     """The median."""
     return statistics.median(samples)
 
 
-def spread(samples: list[float]) -> float:
+def spread(samples: Sequence[float]) -> float:
     """Half the distance between the quartiles, as a fraction of the median."""
     if len(samples) < 2:
         return 0.0
@@ -50,24 +67,36 @@ def spread(samples: list[float]) -> float:
     return (third - first) / 2 / middle
 
 
-def ratio(theirs: list[float], ours: list[float]) -> float:
+def ratio(theirs: Sequence[float], ours: Sequence[float]) -> float:
     """How many times ours is faster: the median over rounds, whose two times are neighbours."""
     return median([y / x for x, y in zip(ours, theirs, strict=True)])
 
 
-def time_block(call: Call, repeats: int, device: torch.device) -> tuple[float, float, float]:
-    """Seconds of wall, device and host time that `repeats` calls take."""
+def in_turns(calls: Sequence[Call]) -> Call:
+    """A call that makes the next of some calls, and begins again after the last."""
+    if len(calls) == 1:
+        return calls[0]
+    following = itertools.cycle(calls).__next__
+    return lambda: following()()
+
+
+def time_block(call: Call, repeats: int, device: torch.device) -> Block:
+    """The times that `repeats` calls take, without the garbage collector.
+
+    Several calls come after one that is not timed, which finds the caches as others left them.
+    """
     collected = gc.isenabled()
     gc.disable()
     try:
+        if repeats > 1:
+            call()
         if device.type == "cpu":
             start = time.perf_counter()
             for _ in range(repeats):
                 call()
             wall = time.perf_counter() - start
-            return wall, wall, wall
-        events: Any = torch.cuda.Event
-        first, last = events(enable_timing=True), events(enable_timing=True)
+            return Block(wall, wall, wall)
+        first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         torch.cuda.synchronize(device)
         start = time.perf_counter()
         first.record()
@@ -77,7 +106,7 @@ def time_block(call: Call, repeats: int, device: torch.device) -> tuple[float, f
         last.record()
         last.synchronize()
         wall = time.perf_counter() - start
-        return wall, first.elapsed_time(last) / 1e3, host
+        return Block(wall, first.elapsed_time(last) / 1e3, host)
     finally:
         if collected:
             gc.enable()
@@ -89,7 +118,7 @@ def warm_up(call: Call, device: torch.device, block_seconds: float) -> int:
         call()
     repeats = 1
     while True:
-        wall, _, _ = time_block(call, repeats, device)
+        wall = time_block(call, repeats, device).wall
         if wall >= block_seconds:
             return repeats
         repeats = max(repeats + 1, min(10 * repeats, int(repeats * 1.2 * block_seconds / wall)))
@@ -97,29 +126,39 @@ def warm_up(call: Call, device: torch.device, block_seconds: float) -> int:
 
 def interleave(
     calls: Mapping[str, Call],
+    series: Mapping[str, Series],
     device: torch.device,
     rounds: int,
-    block_seconds: float,
-    on_round: Callable[[], object] = lambda: None,
-) -> dict[str, Series]:
+    *,
+    on_round: Callable[[], object],
+    on_error: Callable[[str, Exception], object],
+) -> None:
     """Times calls in turns, so that what disturbs the machine falls on all of them alike.
 
-    A round gives each of them one block, of at least `block_seconds`. Each round begins with
-    another one, so that none always follows the same.
+    A round gives each of them one block. Each round begins with another one, so that none always
+    follows the same. An interruption leaves the rounds that were complete.
 
     Args:
-        calls: what to time, by name. Each has been called before.
+        calls: what to time, by name. Each is warmed up.
+        series: by the same names, with the number of calls that make a block; samples are added.
         device: where they work.
-        rounds: numbers in each series.
-        block_seconds: least length of a block.
+        rounds: samples to add to each series.
         on_round: called after each round.
+        on_error: told the name of a call that raised, and what; it has no more turns.
     """
-    found = {name: Series(warm_up(call, device, block_seconds)) for name, call in calls.items()}
     names = list(calls)
-    for index in range(rounds):
-        first = index % len(names)
-        for name in names[first:] + names[:first]:
-            series = found[name]
-            series.add(*time_block(calls[name], series.repeats, device))
-        on_round()
-    return found
+    done = 0
+    try:
+        for index in range(rounds):
+            first = index % max(1, len(names))
+            for name in names[first:] + names[:first]:
+                try:
+                    series[name].add(time_block(calls[name], series[name].repeats, device))
+                except Exception as error:
+                    names.remove(name)
+                    on_error(name, error)
+            done += 1
+            on_round()
+    finally:
+        for name in names:
+            series[name].cut(done)

@@ -15,9 +15,9 @@ from fused_adamw.schedules import Schedule
 class FusedAdadelta(FusedOptimizer):
     """Adadelta in one pass: a drop-in for `torch.optim.Adadelta`.
 
-    Zeiler, Adadelta: An Adaptive Learning Rate Method (arXiv 1212.5701), Algorithm 1.
-    With eta the schedule multiplier, d the factor of decay and g the gradient (plus
-    lambda theta for decay="l2")::
+    Zeiler, Adadelta: An Adaptive Learning Rate Method (arXiv 1212.5701), Algorithm 1. With eta the
+    schedule multiplier, d the factor of decay and g the gradient (plus lambda theta for
+    decay="l2")::
 
         n = rho n + (1 - rho) g^2
         delta = sqrt(a + eps) / sqrt(n + eps) g

@@ -16,8 +16,8 @@ class FusedAdagrad(FusedOptimizer):
     """Adagrad in one pass: a drop-in for `torch.optim.Adagrad`.
 
     Duchi, Hazan & Singer, Adaptive Subgradient Methods for Online Learning and Stochastic
-    Optimization (2011), with eps outside the root as in torch. With eta the schedule multiplier, d the factor of decay and g the gradient (plus
-    lambda theta for decay="l2")::
+    Optimization (2011), with eps outside the root as in torch. With eta the schedule multiplier, d
+    the factor of decay and g the gradient (plus lambda theta for decay="l2")::
 
         n = n + g^2
         theta = d theta - eta lr / (1 + (t - 1) lr_decay) g / (sqrt(n) + eps)

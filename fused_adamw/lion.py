@@ -16,9 +16,9 @@ from fused_adamw.schedules import Schedule
 class FusedLion(FusedOptimizer):
     """Lion in one pass.
 
-    Chen et al., Symbolic Discovery of Optimization Algorithms (arXiv 2302.06675), Algorithm 2.
-    With eta the schedule multiplier, d the factor of decay and g the gradient (plus
-    lambda theta for decay="l2")::
+    Chen et al., Symbolic Discovery of Optimization Algorithms (arXiv 2302.06675), Algorithm 2. With
+    eta the schedule multiplier, d the factor of decay and g the gradient (plus lambda theta for
+    decay="l2")::
 
         theta = d theta - eta lr sign(beta1 m + (1 - beta1) g)
         m = beta2 m + (1 - beta2) g

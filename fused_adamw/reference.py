@@ -438,7 +438,7 @@ def adamax(
     decay: str,
     maximize: bool,
 ) -> tuple[Any, ...]:
-    """Adamax (Kingma & Ba, arXiv 1412.6980, Algorithm 2) with torch's eps, which is added to |g|."""
+    """Adamax (Kingma & Ba, arXiv 1412.6980, Algorithm 2) with torch's eps, added to |g|."""
     factors = decayed(decay, lr, schedule_multiplier, weight_decay)
     g = _effective(number, grad, param, maximize, factors.l2)
     m = number(beta1) * exp_avg + number(1.0 - beta1) * g
