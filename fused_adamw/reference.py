@@ -316,7 +316,7 @@ def sgd(
         return (d * param - a * g,)
     mu = number(momentum)
     m = mu * momentum_buffer + number(inside if step == 1 else inside * (1.0 - dampening)) * g
-    u = number(inside) * g + mu * m if nesterov and mu != number(0.0) else m
+    u = number(inside) * g + mu * m if nesterov else m
     return d * param - a * u, m  # line 9
 
 

@@ -154,7 +154,7 @@ SGD = Rule(
     states=lambda group: ("momentum_buffer",) if group["momentum"] else (),
     counts=False,
     options={**_DECAYS_AND_SIGNS, "momentum": (0.0, 0.9), "nesterov": (False, True)},
-    compiled={"momentum": (0.0, 0.9), **_DECAYS_COMPILED, "nesterov": (False,)},
+    compiled={"momentum": (0.0, 0.9), **_DECAYS_COMPILED, "nesterov": (False, True)},
     loud={**_COMMON, "dampening": 0.25, "lr_in_momentum": True},
     changes=(
         {},

@@ -79,18 +79,21 @@ def sgd(param, grad, states, coefficients, OPTIONS: tl.constexpr):
         param: the parameter.
         grad: its gradient.
         states: momentum_buffer, where there is momentum.
-        coefficients: see the first line; lookahead is 0 without Nesterov's momentum.
-        OPTIONS: a bool: momentum.
+        coefficients: see the first line.
+        OPTIONS: two bool: momentum; Nesterov's.
     """
-    sign, l2, momentum, c, ahead, lookahead, d, a = coefficients
+    sign, l2, momentum, c, ahead, d, a = coefficients
     MOMENTUM: tl.constexpr = OPTIONS[0]
+    NESTEROV: tl.constexpr = OPTIONS[1]
 
     g = effective(sign, l2, grad, param)  # line 6
     u = g
     updated = ()
     if MOMENTUM:
         m = momentum * states[0] + c * g  # line 8
-        u = tl.where(lookahead != 0, ahead * g + lookahead * m, m)
+        u = m
+        if NESTEROV:
+            u = ahead * g + momentum * m
         updated = (m,)  # type: ignore[assignment]
     return d * param - a * u, updated  # line 9
 

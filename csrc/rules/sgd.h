@@ -12,17 +12,16 @@ struct SgdCoefficients {
   float l2;        // lambda where decay is added to the gradient
   float momentum;  // mu
   float c;         // of the gradient in the buffer
-  float ahead;      // of the gradient beside the buffer, with Nesterov's momentum
-  float lookahead;  // of the buffer then: mu; 0 without
+  float ahead;     // of the gradient beside the buffer, with Nesterov's momentum
   float d;         // what decay leaves of the parameter
   float a;         // of what is subtracted
 };
 
-template <bool kMomentum>
+template <bool kMomentum, bool kNesterov>
 struct Sgd {
   using Coefficients = SgdCoefficients;
   static constexpr const char* kName = "sgd";
-  static constexpr std::array<bool, 1> kOptions{kMomentum};
+  static constexpr std::array<bool, 2> kOptions{kMomentum, kNesterov};
   static constexpr int kStates = kMomentum ? 1 : 0;
 
   FUSED_ADAMW_HD static void update(const SgdCoefficients& c, float& param, float grad,
@@ -32,7 +31,8 @@ struct Sgd {
     if constexpr (kMomentum) {
       float& m = state[0];
       m = c.momentum * m + c.c * g;  // line 8
-      u = c.lookahead != 0.0f ? c.ahead * g + c.lookahead * m : m;
+      u = m;
+      if constexpr (kNesterov) u = c.ahead * g + c.momentum * m;
     }
     param = c.d * param - c.a * u;  // line 9
   }
@@ -54,9 +54,11 @@ struct SgdRule {
                                       {"lr_in_momentum", "lr_in_momentum", Range::kFlag},
                                       kMaximizeField};
   static constexpr const char* kScalar = nullptr;
-  using Functors = Types<Sgd<false>, Sgd<true>>;
+  using Functors = Types<Sgd<false, false>, Sgd<true, false>, Sgd<true, true>>;
 
-  static int functor(const Hyperparameters& h) { return h.momentum != 0.0; }
+  static int functor(const Hyperparameters& h) {
+    return h.momentum == 0.0 ? 0 : h.nesterov == 0.0 ? 1 : 2;
+  }
 
   // The first gradient enters the buffer whole, as in torch.
   FUSED_ADAMW_HD static SgdCoefficients coefficients(const Hyperparameters& h, Position& at) {
@@ -70,7 +72,6 @@ struct SgdRule {
     c.momentum = to_coefficient(h.momentum);
     c.c = to_coefficient(at.t == 1 ? inside : inside * (1.0 - h.dampening));
     c.ahead = to_coefficient(inside);
-    c.lookahead = to_coefficient(h.nesterov != 0.0 ? h.momentum : 0.0);
     c.d = to_coefficient(decay.keep);
     c.a = to_coefficient(outside * decay.step);
     return c;
