@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <cstring>
 
 #include "core/platform.h"
 #include "cuda/launch_arguments.h"
@@ -34,8 +35,16 @@ template <int kCount, class T>
 FUSED_ADAMW_HD void store(T* to, int count, const float (&from)[kCount]) {
   if (count == kCount) {
     Pack<T, kCount> pack;
-    FUSED_ADAMW_UNROLL
-    for (int j = 0; j < kCount; ++j) pack.at[j] = from_float<T>(from[j]);
+    if constexpr (sizeof(T) == 2 && kCount > 1) {  // [note: conversions]
+      FUSED_ADAMW_UNROLL
+      for (int j = 0; j < kCount; j += 2) {
+        const std::uint32_t pair = pair_of<T>(from[j], from[j + 1]);
+        memcpy(&pack.at[j], &pair, sizeof pair);
+      }
+    } else {
+      FUSED_ADAMW_UNROLL
+      for (int j = 0; j < kCount; ++j) pack.at[j] = from_float<T>(from[j]);
+    }
     *reinterpret_cast<Pack<T, kCount>*>(to) = pack;
   } else {
     FUSED_ADAMW_UNROLL

@@ -11,15 +11,14 @@
 namespace fused_adamw::cuda {
 
 // 4 blocks of 256 threads a multiprocessor: at most 64 registers a thread, and 64 KB of loads in
-// flight where a block has 16 KB (four 16-byte loads a thread); an H200 needs about 48 KB. Where a
-// thread holds more than 32 values (AMSGrad on 16-bit arrays) 3 blocks give it 80 registers instead
-// of spills, and still 60 KB in flight.
-template <class Functor, class Storage>
-constexpr int kBlocksPerMultiprocessor =
-    Storage::kPerThread * (kFirstState + Functor::kStates) > 32 ? 3 : 4;
+// flight where a rule has four arrays (a 16-byte access of each is 4 KB a block); an H200 needs
+// about 48 KB. For five arrays (AMSGrad) 64 registers are a few too few: 3 blocks give a thread 80
+// instead of spills, and still 60 KB in flight.
+template <class Functor>
+constexpr int kBlocksPerMultiprocessor = kFirstState + Functor::kStates > 4 ? 3 : 4;
 
 template <class Functor, class Storage>
-__global__ void __launch_bounds__(kThreads, (kBlocksPerMultiprocessor<Functor, Storage>))
+__global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor<Functor>)
     update_kernel(const __grid_constant__ LaunchArguments<Functor> arguments) {
   update_chunk<Functor, Storage>(arguments, blockIdx.x, static_cast<int>(threadIdx.x));
 }
