@@ -3,6 +3,8 @@
 
 #include <cuda_runtime.h>
 
+#include <type_traits>
+
 #include "cuda/check.h"
 #include "cuda/kernels.h"
 #include "cuda/update_chunk.h"
@@ -12,13 +14,15 @@ namespace fused_adamw::cuda {
 
 // 4 blocks of 256 threads a multiprocessor: at most 64 registers a thread, and 64 KB of loads in
 // flight where a rule has four arrays (a 16-byte access of each is 4 KB a block); an H200 needs
-// about 48 KB. For five arrays (AMSGrad) 64 registers are a few too few: 3 blocks give a thread 80
-// instead of spills, and still 60 KB in flight.
-template <class Functor>
-constexpr int kBlocksPerMultiprocessor = kFirstState + Functor::kStates > 4 ? 3 : 4;
+// about 48 KB. Five arrays (AMSGrad), or four that are mixed and may take two accesses each, do not
+// fit into 64 registers: 3 blocks give a thread 80 instead of spills, and still 48 KB in flight or
+// more.
+template <class Functor, class Storage>
+constexpr int kBlocksPerMultiprocessor =
+    kFirstState + Functor::kStates + std::is_same_v<Storage, Mixed> > 4 ? 3 : 4;
 
 template <class Functor, class Storage>
-__global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor<Functor>)
+__global__ void __launch_bounds__(kThreads, (kBlocksPerMultiprocessor<Functor, Storage>))
     update_kernel(const __grid_constant__ LaunchArguments<Functor> arguments) {
   update_chunk<Functor, Storage>(arguments, blockIdx.x, static_cast<int>(threadIdx.x));
 }
