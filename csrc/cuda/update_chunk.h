@@ -25,14 +25,14 @@ struct alignas(kAccessBytes) Raw {
   unsigned char bytes[kBytes];
 };
 
-template <class T, int kCount, class Raw>
-FUSED_ADAMW_HD void load(const T* from, Raw& to) {
+template <class T, int kCount, int kBytes>
+FUSED_ADAMW_HD void load(const T* from, Raw<kBytes>& to) {
   const auto pack = *reinterpret_cast<const Pack<T, kCount>*>(from);
   memcpy(&to, &pack, sizeof pack);
 }
 
-template <class T, int kCount, class Raw>
-FUSED_ADAMW_HD void widen(const Raw& from, float (&to)[kCount]) {
+template <class T, int kCount, int kBytes>
+FUSED_ADAMW_HD void widen(const Raw<kBytes>& from, float (&to)[kCount]) {
   Pack<T, kCount> pack;
   memcpy(&pack, &from, sizeof pack);
   FUSED_ADAMW_UNROLL

@@ -1,8 +1,8 @@
 // How one value lives in memory: exact widening to binary32, and rounding to nearest even back.
 //
 // [note: conversions] On a host in integer arithmetic, which the compiler vectorises. A GPU has
-// instructions that give the same bits, but for the payload of a NaN, which no engine promises: one
-// instruction rounds two neighbours, where integers take 12 for bfloat16 and 30 for float16.
+// instructions for them, to round even two neighbours at once: with the same bits, but for the
+// payload of a NaN, which no engine promises.
 #pragma once
 
 #include <cstdint>
