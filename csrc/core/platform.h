@@ -6,7 +6,9 @@
 #if defined(__CUDACC__)
 #define FUSED_ADAMW_HD __host__ __device__ __forceinline__
 #define FUSED_ADAMW_UNROLL _Pragma("unroll")
+#define FUSED_ADAMW_NO_UNROLL _Pragma("unroll 1")
 #else
 #define FUSED_ADAMW_HD inline __attribute__((always_inline))
 #define FUSED_ADAMW_UNROLL
+#define FUSED_ADAMW_NO_UNROLL
 #endif

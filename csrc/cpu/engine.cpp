@@ -103,6 +103,13 @@ FUSED_ADAMW_HD void update_floats(const typename Functor::Coefficients& c, float
 // nanosecond).
 using Word = std::uint32_t __attribute__((may_alias, aligned(2)));
 
+// For what comes of bfloat16 numbers alone. Their NaNs have a lower half of zeros, as has the NaN
+// that an operation makes, and operations pass a NaN's payload on: so a NaN stays one, and the test
+// for it, a fifth of the time of an update, is spared.
+FUSED_ADAMW_HD std::uint32_t pair_of_bfloat16s(float first, float second) {
+  return rounded_to_bfloat16(first) >> 16 | (rounded_to_bfloat16(second) & 0xffff0000u);
+}
+
 template <class Functor>
 FUSED_ADAMW_HD void update_pairs(const typename Functor::Coefficients& c, Word* const* slot,
                                  std::int64_t pairs) {
@@ -125,8 +132,8 @@ FUSED_ADAMW_HD void update_pairs(const typename Functor::Coefficients& c, Word* 
     Functor::update(c, p0, first_of<bfloat16>(g), s0);
     Functor::update(c, p1, second_of<bfloat16>(g), s1);
 
-    param[i] = pair_of<bfloat16>(p0, p1);
-    for (int k = 0; k < Functor::kStates; ++k) state[k][i] = pair_of<bfloat16>(s0[k], s1[k]);
+    param[i] = pair_of_bfloat16s(p0, p1);
+    for (int k = 0; k < Functor::kStates; ++k) state[k][i] = pair_of_bfloat16s(s0[k], s1[k]);
   }
 }
 

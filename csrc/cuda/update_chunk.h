@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <cstring>
 
 #include "core/platform.h"
 #include "cuda/launch_arguments.h"
@@ -17,76 +18,70 @@ struct alignas(kCount == 1 ? alignof(T) : kAccessBytes) Pack {
   T at[kCount];
 };
 
-// Reads `count` of kCount elements; a full pack is read by 16-byte accesses.
-template <int kCount, class T>
-FUSED_ADAMW_HD void load(const T* from, int count, float (&to)[kCount]) {
-  if (count == kCount) {
-    const auto pack = *reinterpret_cast<const Pack<T, kCount>*>(from);
-    FUSED_ADAMW_UNROLL
-    for (int j = 0; j < kCount; ++j) to[j] = to_float(pack.at[j]);
-  } else {
-    FUSED_ADAMW_UNROLL
-    for (int j = 0; j < kCount; ++j) to[j] = j < count ? to_float(from[j]) : 0.0f;
-  }
+// [note: loads] A thread reads its part of every array before it widens any of them, so that all
+// loads are under way together. Till then it keeps them as they lie in memory.
+template <int kBytes>
+struct alignas(kAccessBytes) Raw {
+  unsigned char bytes[kBytes];
+};
+
+template <class T, int kCount, int kBytes>
+FUSED_ADAMW_HD void load(const T* from, Raw<kBytes>& to) {
+  const auto pack = *reinterpret_cast<const Pack<T, kCount>*>(from);
+  memcpy(&to, &pack, sizeof pack);
 }
 
-template <int kCount, class T>
-FUSED_ADAMW_HD void store(T* to, int count, const float (&from)[kCount]) {
-  if (count == kCount) {
-    Pack<T, kCount> pack;
+template <class T, int kCount, int kBytes>
+FUSED_ADAMW_HD void widen(const Raw<kBytes>& from, float (&to)[kCount]) {
+  Pack<T, kCount> pack;
+  memcpy(&pack, &from, sizeof pack);
+  FUSED_ADAMW_UNROLL
+  for (int j = 0; j < kCount; ++j) to[j] = to_float(pack.at[j]);
+}
+
+template <class T, int kCount>
+FUSED_ADAMW_HD void store(T* to, const float (&from)[kCount]) {
+  Pack<T, kCount> pack;
+  if constexpr (sizeof(T) == 2 && kCount > 1) {  // [note: conversions]
     FUSED_ADAMW_UNROLL
-    for (int j = 0; j < kCount; ++j) pack.at[j] = from_float<T>(from[j]);
-    *reinterpret_cast<Pack<T, kCount>*>(to) = pack;
+    for (int j = 0; j < kCount; j += 2) {
+      const std::uint32_t pair = pair_of<T>(from[j], from[j + 1]);
+      memcpy(&pack.at[j], &pair, sizeof pair);
+    }
   } else {
     FUSED_ADAMW_UNROLL
-    for (int j = 0; j < kCount; ++j) {
-      if (j < count) to[j] = from_float<T>(from[j]);
-    }
+    for (int j = 0; j < kCount; ++j) pack.at[j] = from_float<T>(from[j]);
   }
+  *reinterpret_cast<Pack<T, kCount>*>(to) = pack;
 }
 
 // How an update reaches its arrays: all of one dtype that the compiler knows, or of several that
 // are told apart when it runs, by branches that all threads take alike. `kPerThread` is what a
 // thread holds of each array at once: a 16-byte access of the narrowest, two of a wider one.
+// with_type(dtype, use) calls use(T{}) with the type of an array's elements.
 template <class T>
 struct Uniform {
-  static constexpr int kPerThread = kAccessBytes / static_cast<int>(sizeof(T));
+  static constexpr int kWidest = sizeof(T);
+  static constexpr int kPerThread = kAccessBytes / kWidest;
 
-  template <int kCount>
-  FUSED_ADAMW_HD static void load_slot(const void* array, Dtype, std::int64_t i, int count,
-                                       float (&to)[kCount]) {
-    load(static_cast<const T*>(array) + i, count, to);
-  }
-  template <int kCount>
-  FUSED_ADAMW_HD static void store_slot(void* array, Dtype, std::int64_t i, int count,
-                                        const float (&from)[kCount]) {
-    store(static_cast<T*>(array) + i, count, from);
+  template <class Use>
+  FUSED_ADAMW_HD static void with_type(Dtype, Use&& use) {
+    use(T{});
   }
 };
 
 struct Mixed {
+  static constexpr int kWidest = sizeof(float);
   static constexpr int kPerThread = kAccessBytes / 2;
 
-  template <int kCount>
-  FUSED_ADAMW_HD static void load_slot(const void* array, Dtype dtype, std::int64_t i, int count,
-                                       float (&to)[kCount]) {
+  template <class Use>
+  FUSED_ADAMW_HD static void with_type(Dtype dtype, Use&& use) {
     if (dtype == Dtype::kFloat32) {
-      load(static_cast<const float*>(array) + i, count, to);
+      use(float{});
     } else if (dtype == Dtype::kBfloat16) {
-      load(static_cast<const bfloat16*>(array) + i, count, to);
+      use(bfloat16{});
     } else {
-      load(static_cast<const float16*>(array) + i, count, to);
-    }
-  }
-  template <int kCount>
-  FUSED_ADAMW_HD static void store_slot(void* array, Dtype dtype, std::int64_t i, int count,
-                                        const float (&from)[kCount]) {
-    if (dtype == Dtype::kFloat32) {
-      store(static_cast<float*>(array) + i, count, from);
-    } else if (dtype == Dtype::kBfloat16) {
-      store(static_cast<bfloat16*>(array) + i, count, from);
-    } else {
-      store(static_cast<float16*>(array) + i, count, from);
+      use(float16{});
     }
   }
 };
@@ -110,19 +105,28 @@ struct Arrays {
   }
 };
 
-// Elements [begin, end) of one tensor, kCount at a time by each thread: full and ragged packs
-// through the same equations.
+// Elements [begin, end) of one tensor, which are a multiple of kCount, so many at a time by each
+// thread.
 template <int kCount, class Storage, class Functor>
 FUSED_ADAMW_HD void update_range(const Arrays<Functor>& arrays, const Format& format,
                                  const typename Functor::Coefficients& coefficients,
                                  std::int64_t begin, std::int64_t end, int thread) {
-  constexpr int kStates = Functor::kStates;
-  for (std::int64_t i = begin + thread * kCount; i < end; i += kThreads * kCount) {
-    const int count = end - i < kCount ? static_cast<int>(end - i) : kCount;
-    float value[Arrays<Functor>::kSlots][kCount];
+  constexpr int kStates = Functor::kStates, kSlots = kFirstState + kStates;
+  FUSED_ADAMW_NO_UNROLL  // the rest of a tensor is not worth the registers
+      for (std::int64_t i = begin + thread * kCount; i < end; i += kThreads * kCount) {
+    Raw<kCount * Storage::kWidest> raw[kSlots];
     FUSED_ADAMW_UNROLL
-    for (int k = 0; k < kFirstState + kStates; ++k) {
-      Storage::load_slot(arrays.slot[k], format.of_slot(k), i, count, value[k]);
+    for (int k = 0; k < kSlots; ++k) {
+      Storage::with_type(format.of_slot(k), [&](auto type) {
+        using T = decltype(type);
+        load<T, kCount>(static_cast<const T*>(arrays.slot[k]) + i, raw[k]);
+      });
+    }
+    float value[kSlots][kCount];
+    FUSED_ADAMW_UNROLL
+    for (int k = 0; k < kSlots; ++k) {
+      Storage::with_type(format.of_slot(k),
+                         [&](auto type) { widen<decltype(type)>(raw[k], value[k]); });
     }
 
     FUSED_ADAMW_UNROLL
@@ -136,9 +140,11 @@ FUSED_ADAMW_HD void update_range(const Arrays<Functor>& arrays, const Format& fo
     }
 
     FUSED_ADAMW_UNROLL
-    for (int k = 0; k < kFirstState + kStates; ++k) {
+    for (int k = 0; k < kSlots; ++k) {
       if (k == kGrad) continue;
-      Storage::store_slot(arrays.slot[k], format.of_slot(k), i, count, value[k]);
+      Storage::with_type(format.of_slot(k), [&](auto type) {
+        store(static_cast<decltype(type)*>(arrays.slot[k]) + i, value[k]);
+      });
     }
   }
 }
@@ -169,12 +175,11 @@ FUSED_ADAMW_HD void update_chunk(const LaunchArguments<Functor>& arguments, std:
   const typename Functor::Coefficients coefficients = arguments.rows[arguments.row[tensor]];
 
   const Arrays<Functor> arrays(arguments, tensor);
-  if (arrays.aligned()) {
-    update_range<Storage::kPerThread, Storage>(arrays, arguments.format, coefficients, begin, end,
-                                               thread);
-  } else {
-    update_range<1, Storage>(arrays, arguments.format, coefficients, begin, end, thread);
-  }
+  // Whole packs, and what is left of the tensor, or all of one that is not aligned.
+  constexpr int kPack = Storage::kPerThread;
+  const std::int64_t rest = arrays.aligned() ? begin + (end - begin) / kPack * kPack : begin;
+  update_range<kPack, Storage>(arrays, arguments.format, coefficients, begin, rest, thread);
+  update_range<1, Storage>(arrays, arguments.format, coefficients, rest, end, thread);
 }
 
 }  // namespace fused_adamw::cuda

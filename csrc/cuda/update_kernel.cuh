@@ -3,6 +3,8 @@
 
 #include <cuda_runtime.h>
 
+#include <type_traits>
+
 #include "cuda/check.h"
 #include "cuda/kernels.h"
 #include "cuda/update_chunk.h"
@@ -10,16 +12,19 @@
 
 namespace fused_adamw::cuda {
 
-// 4 blocks of 256 threads a multiprocessor: at most 64 registers a thread, and 64 KB of loads in
-// flight where a block has 16 KB (four 16-byte loads a thread); an H200 needs about 48 KB. Where a
-// thread holds more than 32 values (AMSGrad on 16-bit arrays) 3 blocks give it 80 registers instead
-// of spills, and still 60 KB in flight.
+// Blocks of 256 threads that a multiprocessor must be able to hold. An H200 wants about 48 KB of
+// loads in flight, and a 16-byte access of each array is 4 KB a block: 4 blocks give a rule of
+// three or four arrays 48 or 64 KB, at 64 registers a thread; one of two (SGD) needs 6, at 40. Five
+// arrays (AMSGrad) need more than 64 registers, as do four that are mixed, of which a thread holds
+// up to 32 bytes each: 3 blocks give them 80 instead of spills, and 48 KB or more.
 template <class Functor, class Storage>
-constexpr int kBlocksPerMultiprocessor =
-    Storage::kPerThread * (kFirstState + Functor::kStates) > 32 ? 3 : 4;
+constexpr int blocks_per_multiprocessor() {
+  const int arrays = kFirstState + Functor::kStates + std::is_same_v<Storage, Mixed>;
+  return arrays > 4 ? 3 : arrays > 2 ? 4 : 6;
+}
 
 template <class Functor, class Storage>
-__global__ void __launch_bounds__(kThreads, (kBlocksPerMultiprocessor<Functor, Storage>))
+__global__ void __launch_bounds__(kThreads, (blocks_per_multiprocessor<Functor, Storage>()))
     update_kernel(const __grid_constant__ LaunchArguments<Functor> arguments) {
   update_chunk<Functor, Storage>(arguments, blockIdx.x, static_cast<int>(threadIdx.x));
 }
