@@ -4,7 +4,7 @@
 
 Each array is an allocation of its own that ends where the array ends, so that an access beyond it
 is one beyond the allocation; without torch's cache the allocations are the device's own. All memory
-comes filled from the host, so that a read of anything else is one of uninitialised memory.
+is filled, so that a read of anything else is one of uninitialised memory.
 """
 
 from __future__ import annotations
@@ -12,54 +12,80 @@ from __future__ import annotations
 import argparse
 import itertools
 import sys
+from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from fused_adamw import FORMATS, available_engines, functional
+from fused_adamw import (
+    FORMATS,
+    FusedAdadelta,
+    FusedAdagrad,
+    FusedAdam,
+    FusedAdamax,
+    FusedAdamW,
+    FusedLion,
+    FusedNadam,
+    FusedNadamW,
+    FusedRMSprop,
+    FusedSGD,
+    available_engines,
+)
 
-# What a kernel of the Adam family is compiled for: "l2" decay or another one, AMSGrad, dtypes.
-VARIANTS = tuple(itertools.product(("lr", "l2"), (False, True), FORMATS))
-STATES = 3
+FLAGS = (False, True)
+# One for each functor that kernels are compiled for.
+OPTIMIZERS: tuple[Callable[..., torch.optim.Optimizer], ...] = (
+    *[partial(FusedAdamW, amsgrad=amsgrad) for amsgrad in FLAGS],
+    *[partial(FusedAdam, amsgrad=amsgrad) for amsgrad in FLAGS],
+    FusedNadamW,
+    FusedNadam,
+    *[partial(FusedSGD, momentum=momentum) for momentum in (0.0, 0.9)],
+    *[
+        partial(FusedRMSprop, centered=centered, momentum=momentum)
+        for centered, momentum in itertools.product(FLAGS, (0.0, 0.9))
+    ],
+    FusedAdagrad,
+    FusedAdadelta,
+    FusedAdamax,
+    FusedLion,
+)
+# CUDA has kernels of their own for these; another one takes all mixed formats, which go round.
+UNIFORM = tuple((dtype,) * 3 for dtype in ("float32", "bfloat16"))
+MIXED = tuple(dtypes for dtypes in FORMATS if dtypes not in UNIFORM)
+# An optimizer, and dtypes of param, grad and states: every functor with every storage once.
+CASES = tuple(
+    (optimizer, dtypes)
+    for i, optimizer in enumerate(OPTIMIZERS)
+    for dtypes in (*UNIFORM, MIXED[i % len(MIXED)])
+)
 # (elements, elements off an alignment of 16 bytes): empty, less than an access, more than a chunk
 # with a ragged end, unaligned.
 TENSORS = ((0, 0), (1, 0), (7, 0), (4096, 0), (16384 + 2048 + 5, 0), (300, 1), (16384 + 3, 2))
 
 
-def make(values: Tensor, dtype: torch.dtype, offset: int, device: torch.device) -> Tensor:
-    """A copy that ends with its allocation and starts `offset` elements after the beginning."""
-    stored = torch.cat([values[:offset], values]).to(dtype).to(device, copy=True)
-    return stored[offset:]
+def make(numel: int, dtype: str, offset: int, device: torch.device) -> Tensor:
+    """An array that ends with its allocation and starts `offset` elements after the beginning."""
+    values = torch.linspace(0.1, 2.0, offset + numel)
+    return values.to(getattr(torch, dtype)).to(device, copy=True)[offset:]
 
 
-def run(engine: str, decay: str, amsgrad: bool, dtypes: tuple[str, str, str]) -> None:
+def run(
+    engine: str, optimizer: Callable[..., torch.optim.Optimizer], dtypes: tuple[str, str, str]
+) -> None:
     """One step over all of TENSORS."""
     device = torch.device("cpu" if engine == "cpu" else "cuda")
-    param_dtype, grad_dtype, state_dtype = (getattr(torch, name) for name in dtypes)
-    slots = (param_dtype, grad_dtype, *[state_dtype] * STATES)
-    lists: list[list[Tensor]] = [[] for _ in slots]
+    param_dtype, grad_dtype, state_dtype = dtypes
+    params = []
     for numel, offset in TENSORS:
-        values = torch.linspace(0.1, 2.0, numel)
-        for tensors, dtype in zip(lists, slots, strict=True):
-            tensors.append(make(values, dtype, offset, device))
-    params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs = lists
-    functional.adamw(
-        params,
-        grads,
-        exp_avgs,
-        exp_avg_sqs,
-        max_exp_avg_sqs if amsgrad else [],
-        [torch.tensor(float(i % 2)) for i in range(len(TENSORS))],
-        amsgrad=amsgrad,
-        beta1=0.9,
-        beta2=0.99,
-        lr=0.1,
-        weight_decay=0.1,
-        eps=1e-3,
-        maximize=False,
-        decay=decay,
-        engine=engine,
-    )
+        param = make(numel, param_dtype, offset, device).requires_grad_()
+        param.grad_dtype = getattr(torch, grad_dtype)
+        param.grad = make(numel, grad_dtype, offset, device)
+        params.append(param)
+    # States are allocations of their own, which end where they end.
+    optimizer(
+        params, lr=0.1, weight_decay=0.1, engine=engine, state_dtype=getattr(torch, state_dtype)
+    ).step()
 
 
 def main() -> int:
@@ -75,11 +101,11 @@ def main() -> int:
         print("no engine works on a GPU here", file=sys.stderr)
         return 1
     for engine in engines:
-        for decay, amsgrad, dtypes in VARIANTS:
-            run(engine, decay, amsgrad, dtypes)
+        for optimizer, dtypes in CASES:
+            run(engine, optimizer, dtypes)
         if torch.cuda.is_available():
             torch.cuda.synchronize()
-        print(f"{engine}: {len(VARIANTS)} kernels over {len(TENSORS)} tensors each", flush=True)
+        print(f"{engine}: {len(CASES)} kernels over {len(TENSORS)} tensors each", flush=True)
     return 0
 
 

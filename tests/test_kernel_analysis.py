@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from bench.kernels.compiled import Compiled
@@ -11,30 +13,31 @@ from bench.kernels.report import bound_by_instructions, narrowed, render, spille
 from bench.kernels.sass import Access, Code
 
 A100, H200, _ = GPUS
-ADAM = Kernel("update_kernel", "adam", (("l2", False), ("amsgrad", False)), ("float32",) * 3)
+OPTIONS = (("l2", False), ("amsgrad", False), ("nesterov", False))
+ADAM = Kernel("update_kernel", "adam", OPTIONS, ("float32",) * 3)
 
 # A loop over full packs, with a branch around for ragged ones, a call, and a way out.
 LOOP = """
     MOV R1, c[0x0][0x28]
     @P0 BRA 0x0090
-    LDG.E.128 R4, desc[UR4][R2.64]
-    LDG.E.128 R8, desc[UR4][R3.64]
-    LDG.E.128 R12, desc[UR4][R4.64]
-    LDG.E.128 R16, desc[UR4][R5.64]
+    LDG.E.128 R4, desc[UR4][R42.64]
+    LDG.E.128 R8, desc[UR4][R43.64]
+    LDG.E.128 R12, desc[UR4][R44.64]
+    LDG.E.128 R16, desc[UR4][R45.64]
     @!P1 BRA 0x00c0
     MOV R20, 0x00c0
     CALL.REL.NOINC 0x0150
-    LDG.E R4, desc[UR4][R2.64]
-    STG.E desc[UR4][R2.64], R4
+    LDG.E R4, desc[UR4][R42.64]
+    STG.E desc[UR4][R42.64], R4
     BRA 0x0130
     FADD R4, R4, R8
     FMUL R8, R8, R8
-    STG.E.128 desc[UR4][R2.64], R4
-    STG.E.128 desc[UR4][R4.64], R8
+    STG.E.128 desc[UR4][R42.64], R4
+    STG.E.128 desc[UR4][R44.64], R8
     @!P4 BRA 0x0130
-    STG.E desc[UR4][R5.64], R12
+    STG.E desc[UR4][R45.64], R12
     BRA 0x0140
-    STG.E.128 desc[UR4][R5.64], R12
+    STG.E.128 desc[UR4][R45.64], R12
     @P2 BRA 0x0010
     EXIT
     RET.REL.NODEC R20 0x0
@@ -43,17 +46,17 @@ LOOP = """
 STRAIGHT = """
     LDG.E.64 R2, desc[UR4][R30.64]
     @P0 BRA 0x00b0
-    @!P1 LDG.E.128 R4, desc[UR4][R2.64]
-    @!P1 LDG.E.128 R8, desc[UR4][R3.64]
-    @!P1 LDG.E.128 R12, desc[UR4][R4.64]
-    @!P1 LDG.E.128 R16, desc[UR4][R5.64]
+    @!P1 LDG.E.128 R4, desc[UR4][R42.64]
+    @!P1 LDG.E.128 R8, desc[UR4][R43.64]
+    @!P1 LDG.E.128 R12, desc[UR4][R44.64]
+    @!P1 LDG.E.128 R16, desc[UR4][R45.64]
     FADD R4, R4, R8
-    @!P1 STG.E.128 desc[UR4][R2.64], R4
-    @!P1 STG.E.128 desc[UR4][R4.64], R8
-    @!P1 STG.E.128 desc[UR4][R5.64], R12
+    @!P1 STG.E.128 desc[UR4][R42.64], R4
+    @!P1 STG.E.128 desc[UR4][R44.64], R8
+    @!P1 STG.E.128 desc[UR4][R45.64], R12
     @P3 EXIT
-    LDG.E.U16 R4, desc[UR4][R2.64]
-    STG.E.U16 desc[UR4][R2.64], R4
+    LDG.E.U16 R4, desc[UR4][R42.64]
+    STG.E.U16 desc[UR4][R42.64], R4
     @P4 BRA 0x00b0
     EXIT
 """
@@ -98,6 +101,19 @@ def test_what_follows_from_the_main_path() -> None:
     assert not spilled(found)
 
 
+@pytest.mark.parametrize(
+    "instead",
+    [
+        "LDG.E.128 R8, desc[UR4][R45.64]",  # where another load is to arrive
+        "LDG.E.128 R16, desc[UR4][R8.64]",  # from an address that is to arrive
+        "FADD R0, R0, R11\nLDG.E.128 R16, desc[UR4][R45.64]",
+    ],
+)
+def test_a_load_that_waits_for_another_is_not_under_way(instead: str) -> None:
+    found = kernel(LOOP.replace("LDG.E.128 R16, desc[UR4][R45.64]", instead))
+    assert found.bytes_in_flight == 4 * 256 * 48
+
+
 @pytest.mark.parametrize("text", [LOOP, STRAIGHT], ids=["loop", "straight"])
 @pytest.mark.parametrize("kind", ["LDG", "STG"])
 def test_one_narrower_access_is_seen(text: str, kind: str) -> None:
@@ -109,7 +125,7 @@ def test_one_narrower_access_is_seen(text: str, kind: str) -> None:
 
 
 def test_a_repeated_access_is_seen() -> None:
-    line = "@!P1 LDG.E.128 R8, desc[UR4][R3.64]"
+    line = "@!P1 LDG.E.128 R8, desc[UR4][R43.64]"
     assert narrowed(kernel(STRAIGHT.replace(line, f"{line}\n{line}")))
 
 
@@ -148,17 +164,31 @@ def test_resident_blocks(gpu: Gpu, threads: int, registers: int, shared: int, bl
     ("name", "expected"),
     [
         (
-            "fused_adamw::cuda::update_kernel<fused_adamw::Adam<false, true>, "
-            "fused_adamw::FormatOf<float, fused_adamw::bfloat16, float> >",
-            "adam-amsgrad-float32-bfloat16-float32",
+            "fused_adamw::cuda::update_kernel<fused_adamw::Adam<false, true, true>, "
+            "fused_adamw::cuda::Uniform<fused_adamw::bfloat16> >",
+            "adam-amsgrad nesterov-bfloat16-bfloat16-bfloat16",
         ),
-        ("update_kernel<a::New<(a::Mode)2, true>, a::Old>", "new-0=2 1 old"),
-        ("void a::norm_kernel<float>", "norm_kernel-float32"),
+        (
+            "fused_adamw::cuda::update_kernel<fused_adamw::Rmsprop<true, false>, "
+            "fused_adamw::cuda::Mixed>",
+            "rmsprop-centered-mixed",
+        ),
+        ("void update_kernel<a::Lion, a::Uniform<float>>", "lion-float32-float32-float32"),
+        ("update_kernel<a::New<(a::Mode)2, true>, a::Old, a::Mixed>", "new-0=2 1 old-mixed"),
         ("a::tick", "tick"),
     ],
 )
 def test_names(name: str, expected: str) -> None:
     assert str(Kernel.of(name)) == expected
+
+
+def test_nothing_is_read_from_a_path_that_tells_dtypes_apart() -> None:
+    mixed = replace(kernel(LOOP), kernel=replace(ADAM, dtypes=()))
+    assert mixed.path is mixed.elements is mixed.states is mixed.instructions_per_param is None
+    assert not narrowed(mixed)
+    (row,) = (line for line in render([mixed], {}).splitlines() if line.startswith("| adam"))
+    cells = [cell.strip() for cell in row.strip("|").split("|")]
+    assert cells == ["adam", "mixed", "64", "0", "0", "0", "50.0%", *[""] * 5]
 
 
 def test_the_report_marks_what_misses_an_aim() -> None:

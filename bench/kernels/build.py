@@ -22,6 +22,14 @@ ROOT = Path(__file__).parents[2]
 FOLDER = Path("build", "kernels")
 # What compiles Triton's kernels, and finds out which there are.
 TRITON_CODE = ("triton_compiler.py", "dumps.py", "names.py", "compiled.py", "sass.py")
+# Triton compiles a kernel for each combination of dtypes; these are reported: those of one dtype,
+# which CUDA kernels are compiled for too, and the usual ones with states of float32.
+TRITON_FORMATS = (
+    ("float32", "float32", "float32"),
+    ("bfloat16", "bfloat16", "bfloat16"),
+    ("float32", "bfloat16", "float32"),
+    ("bfloat16", "bfloat16", "float32"),
+)
 
 # A comment with a compiler's version has ninja repeat its work where the version has changed.
 NINJA_HEAD = """\
@@ -41,7 +49,7 @@ rule dump
   description = dump $out
 rule triton
   command = env -u TRITON_INTERPRET TRITON_CACHE_DIR={folder}/triton-cache $
-    {python} -m bench.kernels.triton_compiler $arch $out $in # {versions[Triton]}
+    {python} -m bench.kernels.triton_compiler $arch $dtypes $out $in # {versions[Triton]}
   description = compile $out
 """
 
@@ -114,8 +122,10 @@ def _objects(gpu: Gpu) -> list[Path]:
     return [FOLDER / f"sm{gpu.arch}-{source.stem}.cubin" for source in _sources()]
 
 
-def _triton_results(gpu: Gpu) -> Path:
-    return FOLDER / f"sm{gpu.arch}-triton.json"
+def _triton_results(gpu: Gpu) -> dict[tuple[str, str, str], Path]:
+    """One for each format, below `ROOT`."""
+    name = f"sm{gpu.arch}-triton"
+    return {dtypes: FOLDER / f"{name}-{'-'.join(dtypes)}.json" for dtypes in TRITON_FORMATS}
 
 
 def _edges(gpu: Gpu) -> Iterator[str]:
@@ -131,11 +141,13 @@ def _edges(gpu: Gpu) -> Iterator[str]:
     code = [*(ROOT / "triton_kernels").glob("*.py"), *map(Path(__file__).with_name, TRITON_CODE)]
     needed = " ".join(map(str, [*dumps, *sorted(path.relative_to(ROOT) for path in code)]))
     objects = " ".join(map(str, _objects(gpu)))
-    results = _triton_results(gpu)
-    yield f"build {results}: triton {objects} | {needed}\n  arch = {gpu.arch}\n"
+    for dtypes, results in _triton_results(gpu).items():
+        yield f"build {results}: triton {objects} | {needed}\n"
+        yield f"  arch = {gpu.arch}\n  dtypes = {'-'.join(dtypes)}\n"
 
 
 def _read(gpu: Gpu) -> Iterator[Compiled]:
     for cubin in _objects(gpu):
         yield from cuda_kernels(gpu, ROOT / cubin)
-    yield from triton_kernels(gpu, ROOT / _triton_results(gpu))
+    for results in _triton_results(gpu).values():
+        yield from triton_kernels(gpu, ROOT / results)

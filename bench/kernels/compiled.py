@@ -41,8 +41,11 @@ class Compiled:
 
     @property
     def path(self) -> MainPath | None:
-        """The main path; None for a kernel without wide accesses."""
-        return self.code.main_path
+        """The main path; None for a kernel without wide accesses, or that tells dtypes apart.
+
+        The ways of arrays of different dtypes through such a kernel are not told apart here.
+        """
+        return self.code.main_path if self.kernel.dtypes else None
 
     @property
     def resident_blocks(self) -> int | None:
@@ -64,19 +67,16 @@ class Compiled:
 
         What is loaded is stored again, but for the gradient: so the difference is the gradient.
         """
-        if self.path is None or not self.kernel.dtypes:
+        if self.path is None:
             return None
-        grad = self.kernel.widths[:2][-1]  # a kernel of one dtype reads nothing else
+        grad = self.kernel.widths[1]
         elements, rest = divmod(self.path.bytes("load") - self.path.bytes("store"), grad)
         return elements if elements > 0 and rest == 0 else None
 
     @property
     def states(self) -> int | None:
-        """Arrays of states; None unless the wide accesses move every array, whole and once.
-
-        None, too, for a format that is not of param, grad and states alone.
-        """
-        if self.elements is None or self.path is None or len(self.kernel.dtypes) != 3:
+        """Arrays of states; None unless the wide accesses move every array, whole and once."""
+        if self.elements is None or self.path is None:
             return None
         param, grad, state = self.kernel.widths
         moved = self.path.bytes("load") - self.elements * (param + grad)
@@ -99,10 +99,10 @@ class Compiled:
 
     @property
     def bytes_in_flight(self) -> int | None:
-        """Bytes that the resident threads of a multiprocessor load in one pass."""
+        """Bytes that the resident threads of a multiprocessor wait for at a time."""
         if self.threads is None or self.resident_blocks is None or self.path is None:
             return None
-        return self.resident_blocks * self.threads * self.path.bytes("load")
+        return self.resident_blocks * self.threads * self.path.under_way
 
     @property
     def memory_bound_to(self) -> float | None:

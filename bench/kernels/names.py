@@ -12,6 +12,7 @@ from typing import Any
 
 RULES = Path(__file__).parents[2] / "csrc" / "rules"
 
+ARRAYS = ("param", "grad", "states")  # of which a kernel's dtypes are
 # C++ types -> dtypes, and their bytes.
 DTYPES = {"float": "float32", "bfloat16": "bfloat16", "float16": "float16"}
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -25,7 +26,7 @@ class Kernel:
         function: the template's name.
         rule: the functor's name in lower case; empty for a kernel that takes none.
         options: the functor's compile-time options, in order: name and value.
-        dtypes: of param, grad and states, as far as the storage format names them.
+        dtypes: of param, grad and states; empty where the kernel tells them apart when it runs.
     """
 
     function: str
@@ -35,29 +36,30 @@ class Kernel:
 
     @classmethod
     def of(cls, demangled: str) -> Kernel:
-        """Reads `space::kernel<space::Rule<option, ...>, space::Format<type, ...> >`.
+        """Reads `space::kernel<space::Rule<option, ...>, space::Storage>`.
 
-        Every template argument may be missing. One that consists of storage types is the format,
-        the first other one is the rule, and what more there may be counts as an option.
+        Every template argument may be missing. The storage is `Uniform<type>`, which all arrays
+        have, or `Mixed`; the first other argument is the rule, and what more there may be counts as
+        an option.
         """
         bare = re.sub(r"\([\w:]+\)|\w+::|^void |\s", "", demangled)  # 2 of (Decay)2
         function, arguments = _split(bare)
-        rule, values, dtypes, more = "", [], [], []
+        rule, values, dtypes, more = "", [], (), []
         for argument in arguments:
             name, inner = _split(argument)
-            leaves = inner or [name]
-            if all(leaf in DTYPES for leaf in leaves):
-                dtypes += [DTYPES[leaf] for leaf in leaves]
-            elif not rule:
-                rule, values = name, inner
-            else:
-                more.append((_words(argument, "-"), True))
+            if name == "Uniform":
+                dtypes = (DTYPES[inner[0]],) * len(ARRAYS)
+            elif name != "Mixed":
+                if rule:
+                    more.append((_words(argument, "-"), True))
+                else:
+                    rule, values = name, inner
         names = _option_names().get(rule, ())
         options = tuple(
             (names[i] if i < len(names) else str(i), {"true": True, "false": False}.get(x, x))
             for i, x in enumerate(values)
         )
-        return cls(function, _words(rule, "_"), (*options, *more), tuple(dtypes))
+        return cls(function, _words(rule, "_"), (*options, *more), dtypes)
 
     @classmethod
     def restored(cls, fields: dict[str, Any]) -> Kernel:
@@ -72,12 +74,18 @@ class Kernel:
         return " ".join(on)
 
     @property
+    def functor(self) -> tuple[str, tuple[bool | str, ...]]:
+        """The rule and what its options are set to."""
+        return self.rule, tuple(value for _, value in self.options)
+
+    @property
     def widths(self) -> tuple[int, ...]:
         """Bytes of an element of each of `dtypes`."""
         return tuple(BYTES[dtype] for dtype in self.dtypes)
 
     def __str__(self) -> str:
-        return "-".join(filter(None, (self.rule or self.function, self.variant, *self.dtypes)))
+        storage = self.dtypes or ("mixed" if self.rule else "",)
+        return "-".join(filter(None, (self.rule or self.function, self.variant, *storage)))
 
 
 def demangled(symbols: Iterable[str]) -> dict[str, str]:

@@ -17,14 +17,15 @@ MOST_INSTRUCTIONS = 80  # a parameter, of AdamW in float32
 INTRO = """\
 # GPU kernels, as compiled
 
-What {versions} make of every CUDA and Triton kernel: `make kernels` reads it
-from the machine code and writes this file. No GPU is needed and nothing is measured. `!` marks an
-aim that is missed; the columns are explained in [bench/README.md](../README.md#kernel-report).
+What {versions} make of every CUDA kernel and of Triton's for some dtypes:
+`make kernels` reads it from the machine code and writes this file. No GPU is needed and nothing is
+measured. `!` marks an aim that is missed; the columns, and what a blank means, are explained in
+[bench/README.md](../README.md#kernel-report).
 """
 
 COLUMNS: dict[str, Callable[[Compiled], str]] = {
     "rule": lambda k: f"{k.kernel.rule or k.kernel.function} {k.kernel.variant}".strip(),
-    "param/grad/states": lambda k: "/".join(SHORT.get(x, x) for x in k.kernel.dtypes),
+    "param/grad/states": lambda k: "/".join(SHORT[x] for x in k.kernel.dtypes) or "mixed",
     "registers": lambda k: _flag(k.registers, too_many_registers(k)),
     "spills": lambda k: _flag(k.code.local_accesses, k.code.local_accesses > 0),
     "stack B": lambda k: _flag(k.stack, k.stack > 0),
@@ -73,8 +74,7 @@ def narrowed(kernel: Compiled) -> bool:
     if path is None:
         return False
     narrow = [access.kind for access in path.accesses if access.width < WIDE]
-    incomplete = kernel.states is None and len(kernel.kernel.dtypes) == 3
-    return incomplete or any(path.loop or kind != "load" for kind in narrow)
+    return kernel.states is None or any(path.loop or kind != "load" for kind in narrow)
 
 
 def bound_by_instructions(kernel: Compiled) -> bool:
@@ -134,10 +134,10 @@ def _aim_rows(
 
 
 def _order(kernel: Compiled) -> tuple[object, ...]:
-    """By rule, then by variant, then wide dtypes before narrow ones."""
+    """By rule, then by variant, then wide dtypes before narrow ones, and unknown ones last."""
     k = kernel.kernel
     widths = tuple(-width for width in k.widths)
-    return k.function, k.rule, len(k.variant), k.variant, widths, k.dtypes
+    return k.function, k.rule, len(k.variant), k.variant, not widths, widths, k.dtypes
 
 
 def _accesses(kernel: Compiled) -> str:

@@ -31,11 +31,13 @@ class MainPath:
             exit.
         operations: how often each operation occurs, with its modifiers.
         accesses: how often each kind of access to global memory occurs.
+        under_way: bytes that a thread has asked for by wide loads before it waits for any of them.
     """
 
     loop: bool
     operations: Counter[str]
     accesses: Counter[Access]
+    under_way: int
 
     def bytes(self, kind: str) -> int:
         """Bytes that a thread loads or stores by wide accesses in one pass."""
@@ -137,7 +139,24 @@ class Code:
 
     def _path(self, addresses: set[int], loop: bool) -> MainPath:
         accesses = Counter(self._accesses[a] for a in addresses & self._accesses.keys())
-        return MainPath(loop, self.count(addresses), accesses)
+        return MainPath(loop, self.count(addresses), accesses, self._under_way(addresses))
+
+    def _under_way(self, addresses: Iterable[int]) -> int:
+        """Bytes of the wide loads that precede the first use of a register which they write."""
+        total, written = 0, set()
+        for address in sorted(addresses):
+            used = [int(n) for n in re.findall(r"\bR(\d+)", self.instructions[address])]
+            access = self._accesses.get(address)
+            if access is None or access.kind != "load" or access.width < WIDE:
+                if written.intersection(used):
+                    break
+                continue
+            targets = range(used[0], used[0] + access.width // 4)
+            if written.intersection([*targets, *used]):
+                break
+            written.update(targets)
+            total += access.width
+        return total
 
     def _graph(self, without: set[int]) -> tuple[dict[int, list[int]], dict[int, list[int]]]:
         """The control flow graph, forward and backward, without some instructions."""

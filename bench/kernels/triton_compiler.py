@@ -1,10 +1,10 @@
-"""Compiles Triton's counterparts of the CUDA kernels, in a process of its own.
+"""Compiles Triton's counterparts of the CUDA kernels for one format, in a process of its own.
 
-    python -m bench.kernels.triton_compiler ARCH OUT.json CUBIN...
+    python -m bench.kernels.triton_compiler ARCH PARAM-GRAD-STATES OUT.json CUBIN...
 
 Triton cannot both interpret and compile in one process, and the tests interpret. The CUDA kernels
-that are found in the cubins say what there is to compile: the rule of the same name, with the same
-options, storage formats and number of states. One that Triton has no rule or dtype for is left out.
+that are found in the cubins say what there is to compile: rules of the same names, with the same
+options and numbers of states.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -93,20 +93,23 @@ def compile_case(case: Case, arch: int) -> dict[str, Any]:
     }
 
 
-def main(arch: int, out: Path, cubins: list[Path]) -> None:
+def main(arch: int, dtypes: tuple[str, ...], out: Path, cubins: list[Path]) -> None:
     """Writes the results as a list, each with what the kernel is ("kernel")."""
     (gpu,) = (gpu for gpu in GPUS if gpu.arch == arch)
+    found = (kernel for cubin in cubins for kernel in cuda_kernels(gpu, cubin))
+    cases = {
+        replace(cuda.kernel, dtypes=dtypes): cuda.states
+        for cuda in found
+        if cuda.states is not None
+    }
     results = []
-    for cuda in (kernel for cubin in cubins for kernel in cuda_kernels(gpu, cubin)):
-        rule = getattr(triton_kernels, cuda.kernel.rule, None)
-        known = update.STORAGE_DTYPES.keys() >= {*cuda.kernel.dtypes}
-        if rule is None or cuda.states is None or not known:
-            continue
-        options = tuple(value for _, value in cuda.kernel.options)
-        case = Case(rule, options, cuda.kernel.dtypes, cuda.states)
-        results.append({"kernel": asdict(cuda.kernel), **compile_case(case, arch)})
+    for kernel, states in cases.items():
+        rule, options = kernel.functor
+        case = Case(triton_kernels.RULES[rule], options, dtypes, states)
+        results.append({"kernel": asdict(kernel), **compile_case(case, arch)})
     out.write_text(json.dumps(results))
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), Path(sys.argv[2]), [Path(name) for name in sys.argv[3:]])
+    arch, dtypes, out, *cubins = sys.argv[1:]
+    main(int(arch), tuple(dtypes.split("-")), Path(out), [Path(name) for name in cubins])
