@@ -17,10 +17,16 @@ namespace fused_adamw::cuda {
 // three or four arrays 48 or 64 KB, at 64 registers a thread; one of two (SGD) needs 6, at 40. Five
 // arrays (AMSGrad) need more than 64 registers, as do four that are mixed, of which a thread holds
 // up to 32 bytes each: 3 blocks give them 80 instead of spills, and 48 KB or more.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
+constexpr int kMostBlocks = 4;  // of 256 threads; later multiprocessors hold 6 or more
+#else
+constexpr int kMostBlocks = 6;
+#endif
+
 template <class Functor, class Storage>
 constexpr int blocks_per_multiprocessor() {
   const int arrays = kFirstState + Functor::kStates + std::is_same_v<Storage, Mixed>;
-  return arrays > 4 ? 3 : arrays > 2 ? 4 : 6;
+  return arrays > 4 ? 3 : arrays > 2 ? 4 : kMostBlocks;
 }
 
 template <class Functor, class Storage>
