@@ -17,8 +17,8 @@ class FusedNadamW(FusedOptimizer):
     """NadamW in one pass: Adam with Nesterov's momentum and decoupled weight decay.
 
     Dozat, Incorporating Nesterov Momentum into Adam (2016), with the decay of Loshchilov & Hutter
-    (arXiv 1711.05101). With eta the schedule multiplier, d the factor of decay and g the gradient (plus
-    lambda theta for decay="l2")::
+    (arXiv 1711.05101). With eta the schedule multiplier, d the factor of decay and g the gradient
+    (plus lambda theta for decay="l2")::
 
         mu_t = beta1 (1 - 0.96^(t psi) / 2)          Pi_t = mu_1 mu_2 ... mu_t
         m = beta1 m + (1 - beta1) g                  scheduled_average: with mu_t for beta1
@@ -131,7 +131,7 @@ class FusedNadam(FusedNadamW):
         decay: str | None = None,
         **options: Any,
     ) -> None:
-        decay = decay_of_flag(decoupled_weight_decay) if decay is None else decay
+        decay = decay_of_flag(decoupled_weight_decay, decay)
         super().__init__(
             params, lr, betas, eps, weight_decay, momentum_decay, decay=decay, **options
         )

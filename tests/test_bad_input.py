@@ -286,12 +286,6 @@ def test_parameter_dtype(dtype: torch.dtype) -> None:
     assert_clear(caught.value, LAST, str(dtype), "accepted: float32, bfloat16, float16")
 
 
-def test_integer_parameter() -> None:
-    with pytest.raises(TypeError) as caught:
-        FusedAdamW([*make_params([(3,)]), torch.zeros(3, dtype=torch.int64)])
-    assert_clear(caught.value, "parameter 1", "int64")
-
-
 @pytest.mark.filterwarnings("ignore:optimizer contains a parameter group with duplicate")
 def test_repeated_parameter() -> None:
     named = many_params()
