@@ -32,8 +32,8 @@ class FusedAdadelta(FusedOptimizer):
         rho: decay of both averages, in [0, 1).
         eps: inside both roots, >= 0.
         weight_decay: lambda, >= 0.
-        maximize: whether to go up the gradient.
         foreach: accepted and kept for checkpoints; every engine works on the whole list at once.
+        maximize: whether to go up the gradient.
         capturable: accepted and kept for checkpoints; a step under CUDA graph capture is refused.
         differentiable: must be False: the update is not recorded by autograd.
         engine: see `FusedAdamW`.
@@ -57,9 +57,9 @@ class FusedAdadelta(FusedOptimizer):
         rho: float = 0.9,
         eps: float = 1e-6,
         weight_decay: float = 0.0,
+        foreach: bool | None = None,
         *,
         maximize: bool = False,
-        foreach: bool | None = None,
         capturable: bool = False,
         differentiable: bool = False,
         engine: str = "auto",

@@ -8,8 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fused_adamw import _C, checks
 from fused_adamw.optimizer import FusedOptimizer
 from fused_adamw.schedules import Schedule
+
+_INITIAL = "initial_accumulator_value"
 
 
 class FusedAdagrad(FusedOptimizer):
@@ -32,9 +35,9 @@ class FusedAdagrad(FusedOptimizer):
         weight_decay: lambda, >= 0.
         initial_accumulator_value: what ``sum`` starts from, >= 0.
         eps: >= 0.
+        foreach: accepted and kept for checkpoints; every engine works on the whole list at once.
         fused: accepted and kept for checkpoints; every engine is fused.
         maximize: whether to go up the gradient.
-        foreach: accepted and kept for checkpoints; every engine works on the whole list at once.
         capturable: accepted and kept for checkpoints; a step under CUDA graph capture is refused.
         differentiable: must be False: the update is not recorded by autograd.
         engine: see `FusedAdamW`.
@@ -59,10 +62,10 @@ class FusedAdagrad(FusedOptimizer):
         weight_decay: float = 0.0,
         initial_accumulator_value: float = 0.0,
         eps: float = 1e-10,
+        foreach: bool | None = None,
         *,
         fused: bool | None = None,
         maximize: bool = False,
-        foreach: bool | None = None,
         capturable: bool = False,
         differentiable: bool = False,
         engine: str = "auto",
@@ -71,11 +74,6 @@ class FusedAdagrad(FusedOptimizer):
         schedule: Schedule | None = None,
         state_dtype: torch.dtype | None = None,
     ) -> None:
-        if not initial_accumulator_value >= 0.0:
-            raise ValueError(
-                f"initial_accumulator_value: found {initial_accumulator_value}, "
-                "accepted: a number >= 0"
-            )
         defaults = {
             "lr": lr,
             "lr_decay": lr_decay,
@@ -94,8 +92,13 @@ class FusedAdagrad(FusedOptimizer):
         }
         super().__init__(params, defaults, engine=engine, state_dtype=state_dtype)
 
+    def _hyperparameters(self, group: dict[str, Any]) -> _C.Hyperparameters:
+        if _INITIAL in group:  # torch's checkpoints of old lack it
+            checks.number(_INITIAL, group[_INITIAL])
+        return super()._hyperparameters(group)
+
     def _state_names(self, group: dict[str, Any]) -> tuple[str, ...]:
         return ("sum",)
 
     def _initial_value(self, name: str, group: dict[str, Any]) -> float:
-        return float(group["initial_accumulator_value"])
+        return checks.number(_INITIAL, group[_INITIAL])

@@ -113,6 +113,9 @@ class FusedAdamW(FusedOptimizer):
         }
         super().__init__(params, defaults, engine=engine, state_dtype=state_dtype)
 
+    def _torch_decay(self, group: dict[str, Any]) -> str:
+        return "l2" if group["decay"] == "l2" else "lr"  # Adam's or AdamW's: they look the same
+
     def _state_names(self, group: dict[str, Any]) -> tuple[str, ...]:
         names = ("exp_avg", "exp_avg_sq")
         return (*names, "max_exp_avg_sq") if group["amsgrad"] else names
@@ -150,7 +153,7 @@ class FusedAdam(FusedAdamW):
         decay: str | None = None,
         **options: Any,
     ) -> None:
-        decay = decay_of_flag(decoupled_weight_decay) if decay is None else decay
+        decay = decay_of_flag(decoupled_weight_decay, decay)
         super().__init__(params, lr, betas, eps, weight_decay, amsgrad, decay=decay, **options)
 
 

@@ -32,8 +32,8 @@ class FusedAdamax(FusedOptimizer):
         betas: beta1 and beta2, each in [0, 1).
         eps: >= 0.
         weight_decay: lambda, >= 0.
-        maximize: whether to go up the gradient.
         foreach: accepted and kept for checkpoints; every engine works on the whole list at once.
+        maximize: whether to go up the gradient.
         capturable: accepted and kept for checkpoints; a step under CUDA graph capture is refused.
         differentiable: must be False: the update is not recorded by autograd.
         engine: see `FusedAdamW`.
@@ -57,9 +57,9 @@ class FusedAdamax(FusedOptimizer):
         betas: tuple[float | Tensor, float | Tensor] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 0.0,
+        foreach: bool | None = None,
         *,
         maximize: bool = False,
-        foreach: bool | None = None,
         capturable: bool = False,
         differentiable: bool = False,
         engine: str = "auto",

@@ -131,7 +131,7 @@ class FusedNadam(FusedNadamW):
         decay: str | None = None,
         **options: Any,
     ) -> None:
-        decay = decay_of_flag(decoupled_weight_decay) if decay is None else decay
+        decay = decay_of_flag(decoupled_weight_decay, decay)
         super().__init__(
             params, lr, betas, eps, weight_decay, momentum_decay, decay=decay, **options
         )

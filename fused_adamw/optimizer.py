@@ -13,12 +13,13 @@ from typing import Any, TypeVar, overload
 
 import torch
 from torch import Tensor
+from torch.compiler import is_dynamo_compiling
 from torch.optim import Optimizer
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
-from fused_adamw import _C
+from fused_adamw import _C, checks
 from fused_adamw.engines import check_engine
-from fused_adamw.hyperparameters import hyperparameters, values_of
+from fused_adamw.hyperparameters import group_keys, hyperparameters, values_of
 from fused_adamw.registration import Member, RegisteredList
 from fused_adamw.schedules import Schedule, from_description
 from fused_adamw.weight_decay import convert_weight_decay
@@ -26,6 +27,8 @@ from fused_adamw.weight_decay import convert_weight_decay
 PARAM_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _PLAIN = frozenset({float, int, bool, str, type(None)})
 _FLAG = "decoupled_weight_decay"  # torch's name for the convention of decay, kept in checkpoints
+# Every value of a group that only some rules have, and that tells them apart.
+_RULES_KEYS = {_FLAG}.union(*map(group_keys, _C.RULES))
 Loss = TypeVar("Loss")
 States = defaultdict[Tensor, dict[str, Any]]
 
@@ -81,6 +84,7 @@ class FusedOptimizer(Optimizer):
             raise TypeError(
                 f"schedule: found {schedule!r}, accepted: None or one of fused_adamw.schedules"
             )
+        checks.count("schedule_step", group["schedule_step"], at_least=0)
         if group["differentiable"]:
             raise RuntimeError(
                 "differentiable: found True, accepted: False (a fused update has no derivative)"
@@ -125,6 +129,10 @@ class FusedOptimizer(Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a param group, as in torch; refused whole if anything in it cannot be used."""
         if isinstance(param_group, dict) and _FLAG in self.defaults:
+            if "decay" not in param_group:
+                flag = param_group.get(_FLAG, self._decouples(param_group))
+                if flag != self._decouples(param_group):
+                    param_group["decay"] = decay_of_flag(flag)
             param_group.setdefault(_FLAG, self._decouples(param_group))
         count = len(self.param_groups)
         self._refuse_repeated(param_group)
@@ -175,8 +183,8 @@ class FusedOptimizer(Optimizer):
         return bool(group.get("decay", self.defaults["decay"]) != "l2")
 
     def _torch_decay(self, group: dict[str, Any]) -> str:
-        """The convention of torch's optimizer of this name."""
-        return "l2" if group["decay"] == "l2" else "lr"
+        """The convention of a checkpoint of torch that does not state it."""
+        return "l2"
 
     def _checked_hyperparameters(self, index: int) -> _C.Hyperparameters:
         try:
@@ -209,20 +217,46 @@ class FusedOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        former: list[tuple[dict[str, Any], Any]] = []
         for group in self.param_groups:
             if group["schedule"] is not None:
-                group["schedule_multiplier"] = group["schedule"](group["schedule_step"])
-        current = [self._current(index) for index in range(len(self.param_groups))]
-        registered = self._registered
-        if (
-            registered is None
-            or not registered.native.matches(self._param_lists(), self._state)
-            or not registered.step(current)
-        ):
-            self._register_and_step(current)
+                former = self._follow_schedules()
+                break
+        try:
+            current = [self._current(index) for index in range(len(self.param_groups))]
+            registered = self._registered
+            if (
+                registered is None
+                or not registered.native.matches(self._param_lists(), self._state)
+                or not registered.step(current)
+            ):
+                self._register_and_step(current)
+        except BaseException:
+            for group, multiplier in former:
+                group["schedule_multiplier"] = multiplier
+            raise
         for group in self.param_groups:
             group["schedule_step"] += 1
         return loss
+
+    def _follow_schedules(self) -> list[tuple[dict[str, Any], Any]]:
+        """Sets eta in the groups that have a schedule; returns them with what it was."""
+        scheduled = [
+            (group, self._scheduled_multiplier(index))
+            for index, group in enumerate(self.param_groups)
+            if group["schedule"] is not None
+        ]
+        former = [(group, group["schedule_multiplier"]) for group, _ in scheduled]
+        for group, multiplier in scheduled:
+            group["schedule_multiplier"] = multiplier
+        return former
+
+    def _scheduled_multiplier(self, index: int) -> float:
+        group = self.param_groups[index]
+        schedule, t = group["schedule"], group["schedule_step"]
+        if not isinstance(schedule, Schedule) or type(t) is not int or t < 0:
+            self._checked_hyperparameters(index)  # has the message
+        return float(schedule(t))
 
     def _current(self, index: int) -> _C.Hyperparameters:
         """The hyperparameters of a group: those of the last step where its values are the same."""
@@ -245,6 +279,8 @@ class FusedOptimizer(Optimizer):
 
         @functools.wraps(func)
         def step(self: FusedOptimizer, *args: Any, **kwargs: Any) -> Any:
+            if is_dynamo_compiling():
+                return uncompiled(self, *args, **kwargs)
             if (
                 self._optimizer_step_pre_hooks
                 or self._optimizer_step_post_hooks
@@ -257,6 +293,8 @@ class FusedOptimizer(Optimizer):
             self._optimizer_step_code()
             return result
 
+        # torch.compile cannot look into the extension: its graph ends before a step.
+        uncompiled = torch._disable_dynamo(step)
         return step
 
     def _param_lists(self) -> list[list[Tensor]]:
@@ -294,9 +332,9 @@ class FusedOptimizer(Optimizer):
             if not registered.step(current):
                 raise RuntimeError("a tensor was given other memory while the step was under way")
         except BaseException:
-            if registered is not None and registered.started:
-                raise  # an engine failed: what it has written stands
             for param, had_state in new:
+                if registered is not None and registered.has_stepped(param):
+                    continue  # an engine failed later
                 self._state[param].clear()
                 if not had_state:
                     del self._state[param]
@@ -378,14 +416,20 @@ class FusedOptimizer(Optimizer):
                     f"{where} is of another algorithm than {type(self).__name__}: "
                     f"it has no {', '.join(missing)}"
                 )
+            foreign = sorted((_RULES_KEYS & saved.keys()) - group.keys())
+            if foreign:
+                raise ValueError(
+                    f"{where} is of another algorithm than {type(self).__name__}: "
+                    f"it has {', '.join(foreign)}"
+                )
             new = deepcopy({key: value for key, value in saved.items() if key != "params"})
             self._adopt_group(where, group, new)
-            if isinstance(new["schedule"], Mapping):
-                new["schedule"] = from_description(new["schedule"])
             new["params"] = group["params"]
             if "param_names" in group:
                 new.setdefault("param_names", group["param_names"])
             try:
+                if isinstance(new["schedule"], Mapping):
+                    new["schedule"] = from_description(new["schedule"])
                 self._hyperparameters(new)
             except (TypeError, ValueError, RuntimeError) as error:
                 raise type(error)(f"{where}: {error}") from None
@@ -443,6 +487,8 @@ class FusedOptimizer(Optimizer):
                 states[key] = saved  # not of a parameter: kept as it is, as torch does
                 continue
             param, group, _, where = by_id[key]
+            # torch's SGD of old saved a buffer of None.
+            saved = {name: value for name, value in saved.items() if value is not None}
             if saved:
                 states[param] = self._loaded_state(where, param, self._state_names(group), saved)
         return states
@@ -453,7 +499,6 @@ class FusedOptimizer(Optimizer):
         needed = {*names, *(["step"] if self._counts else [])}
         if self._scalar is not None:
             needed.add(self._scalar)
-        saved = {name: value for name, value in saved.items() if value is not None}
         found = set(saved)
         if not needed <= found <= needed | self._known_states:
             raise ValueError(
@@ -484,9 +529,19 @@ class FusedOptimizer(Optimizer):
         self._known = {}
 
 
-def decay_of_flag(decoupled: bool) -> str:
-    """The convention that torch's flag names."""
-    return "lr" if decoupled else "l2"
+def decay_of_flag(decoupled: bool, decay: str | None = None) -> str:
+    """The convention that torch's flag names, or the one given, which the flag must not deny.
+
+    Raises:
+        ValueError: the flag beside "l2".
+    """
+    if decay is None:
+        return "lr" if decoupled else "l2"
+    if decoupled and decay == "l2":
+        raise ValueError(
+            f"{_FLAG}: found {decoupled!r} beside decay {decay!r}, accepted: only one of them"
+        )
+    return decay
 
 
 def _is_plain(value: Any) -> bool:

@@ -89,7 +89,7 @@ class RegisteredList:
     members: Sequence[Member]
     engine: str
     native: _C.ParameterList = field(init=False)
-    started: bool = field(init=False, default=False)  # whether an engine has been called
+    _stepped: list[_C.Bucket] = field(init=False, default_factory=list)  # in the last step
     _lock: threading.Lock = field(init=False, default_factory=threading.Lock)
     _runs: dict[tuple[int, int], Run] = field(init=False, default_factory=dict)
 
@@ -130,11 +130,16 @@ class RegisteredList:
                 return False
             buckets = self.native.buckets()
             runs = [self._run(bucket) for bucket in buckets]
-            self.started = True
+            self._stepped.clear()
             for run, bucket in zip(runs, buckets, strict=True):
                 run(bucket, hyperparameters)
                 self.native.commit(bucket)
+                self._stepped.append(bucket)
         return True
+
+    def has_stepped(self, param: Tensor) -> bool:
+        """Whether the last step updated a parameter before an engine failed, if one did."""
+        return any(param.data_ptr() in bucket.addresses[:, 0] for bucket in self._stepped)
 
     def _run(self, bucket: _C.Bucket) -> Run:
         if bucket.device_type == _CUDA and torch.cuda.is_current_stream_capturing():

@@ -37,9 +37,9 @@ class FusedRMSprop(FusedOptimizer):
         weight_decay: lambda, >= 0.
         momentum: of the buffer of quotients, >= 0.
         centered: whether the square of the mean gradient is subtracted.
-        maximize: whether to go up the gradient.
-        foreach: accepted and kept for checkpoints; every engine works on the whole list at once.
         capturable: accepted and kept for checkpoints; a step under CUDA graph capture is refused.
+        foreach: accepted and kept for checkpoints; every engine works on the whole list at once.
+        maximize: whether to go up the gradient.
         differentiable: must be False: the update is not recorded by autograd.
         engine: see `FusedAdamW`.
         decay: the convention of weight decay, one of the four of `FusedAdamW`; torch's is "l2".
@@ -64,11 +64,11 @@ class FusedRMSprop(FusedOptimizer):
         weight_decay: float = 0.0,
         momentum: float = 0.0,
         centered: bool = False,
-        *,
-        maximize: bool = False,
-        foreach: bool | None = None,
         capturable: bool = False,
+        foreach: bool | None = None,
+        maximize: bool = False,
         differentiable: bool = False,
+        *,
         engine: str = "auto",
         decay: str = "l2",
         schedule_multiplier: float = 1.0,

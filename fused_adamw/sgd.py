@@ -106,6 +106,10 @@ class FusedSGD(FusedOptimizer):
             )
         return found
 
+    def _adopt_group(self, where: str, group: dict[str, Any], new: dict[str, Any]) -> None:
+        new.setdefault("lr_in_momentum", False)  # torch's buffer
+        super()._adopt_group(where, group, new)
+
     def _is_plain_sgd(self, group: dict[str, Any]) -> bool:
         return bool(group["momentum"] == 0)
 

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from drawn_training import (
+    DECAYS,
     LOUD,
     MOMENTS,
     assert_same_bits,
@@ -19,9 +20,11 @@ from drawn_training import (
     state_tensors,
     train,
 )
-from torch.optim import Adam, AdamW, Optimizer
+from family import CASES, DROP_INS, DropIn, assert_as_near_as, in_id, numbers_of, params_in
+from torch.optim import SGD, Adam, AdamW, Optimizer
 
-from fused_adamw import FusedAdamW
+import fused_adamw
+from fused_adamw import FusedAdamW, schedules
 
 
 @pytest.mark.parametrize("amsgrad", [False, True])
@@ -192,3 +195,215 @@ def test_state_dtype(param_dtype: torch.dtype, state_dtype: torch.dtype) -> None
             expected = optimizer.state[param][name].to(param_dtype)
             assert_same_bits([other.state[param][name]], [expected])
     train(other, params, range(2, 3))
+
+
+# --- Every class ---------------------------------------------------------------------------------
+
+BOTH_WAYS = pytest.mark.parametrize("to_torch", [False, True], ids=["from torch", "to torch"])
+
+
+@BOTH_WAYS
+@pytest.mark.parametrize(("drop_in", "options"), CASES, ids=in_id)
+def test_every_class_exchanges_checkpoints(
+    drop_in: DropIn, options: dict[str, Any], to_torch: bool
+) -> None:
+    """Ten steps in one and ten in the other are twenty in torch's, to rounding."""
+    arguments = {**drop_in.loud, **options}
+    ends = []
+    for dtype in (torch.float32, torch.float64):
+        params = params_in(dtype)
+        optimizer = drop_in.theirs(params, **arguments)
+        train_in(optimizer, params, range(20))
+        ends.append(numbers_of(optimizer, params))
+    params = params_in(torch.float32)
+    begun = (drop_in.ours if to_torch else drop_in.theirs)(params, **arguments)
+    train_in(begun, params, range(10))
+    decoupled = {k: v for k, v in options.items() if k == "decoupled_weight_decay"}
+    continued = (drop_in.theirs if to_torch else drop_in.ours)(params, **decoupled)
+    continued.load_state_dict(saved(begun.state_dict()))
+    train_in(continued, params, range(10, 20))
+    assert_as_near_as(numbers_of(continued, params), *ends)
+
+
+def train_in(optimizer: Optimizer, params: list[Any], steps: range) -> None:
+    """`train` with the same gradients in every dtype."""
+    drawn = make_params()
+    for step in steps:
+        set_grads(drawn, step)
+        for param, other in zip(params, drawn, strict=True):
+            assert other.grad is not None
+            param.grad = other.grad.to(param.dtype)
+        optimizer.step()
+
+
+OURS = [drop_in.ours for drop_in in DROP_INS] + [
+    fused_adamw.FusedAdamProx,
+    fused_adamw.FusedLion,
+    fused_adamw.FusedNadamW,
+    fused_adamw.FusedSGDW,
+]
+RESTARTS = schedules.Product(
+    (schedules.LinearWarmup(3, eta_min=0.5), schedules.CosineWarmRestarts(4, 2, eta_min=0.1))
+)
+
+
+@pytest.mark.parametrize("cls", OURS, ids=lambda cls: cls.__name__)
+def test_resume_within_a_restart_cycle(cls: Any) -> None:
+    """Through a file, in the second cycle: the same bits as never stopping, and the same eta."""
+    params, expected = make_params(), make_params()
+    options = {"lr": 0.1, "weight_decay": 0.1, "schedule": RESTARTS}
+    uninterrupted = cls(expected, **options)
+    train(uninterrupted, expected, range(15))
+    begun = cls(params, **options)
+    train(begun, params, range(7))
+    checkpoint = saved(begun.state_dict())
+    continued = cls(params)
+    continued.load_state_dict(checkpoint)
+    assert continued.param_groups[0]["schedule"] == RESTARTS
+    train(continued, params, range(7, 15))
+    assert_same_bits(params, expected)
+    assert_same_bits(state_tensors(continued, params), state_tensors(uninterrupted, expected))
+    (group,), (other,) = continued.param_groups, uninterrupted.param_groups
+    assert group["schedule_multiplier"] == other["schedule_multiplier"] == RESTARTS(14)
+    assert group["schedule_step"] == 15
+
+
+def test_schedule_survives_the_way_through_torch() -> None:
+    params = make_params()
+    ours = FusedAdamW(params, schedule=RESTARTS)
+    train(ours, params, range(5))
+    torchs = AdamW(params)
+    torchs.load_state_dict(saved(ours.state_dict()))
+    back = FusedAdamW(params)
+    back.load_state_dict(saved(torchs.state_dict()))
+    assert back.param_groups[0]["schedule"] == RESTARTS
+    assert back.param_groups[0]["schedule_step"] == 5
+
+
+def test_product_of_mu_is_kept_in_float64() -> None:
+    params = make_params()
+    ours = fused_adamw.FusedNadam(params)
+    train(ours, params, range(3))
+    theirs = torch.optim.NAdam(params)
+    theirs.load_state_dict(saved(ours.state_dict()))
+    product = ours.state[params[0]]["mu_product"]
+    assert theirs.state[params[0]]["mu_product"].dtype == torch.float32
+    assert torch.equal(theirs.state[params[0]]["mu_product"], product.float())
+    back = fused_adamw.FusedNadam(params)
+    back.load_state_dict(saved(ours.state_dict()))
+    assert back.state[params[0]]["mu_product"].dtype == torch.float64
+    assert torch.equal(back.state[params[0]]["mu_product"], product)
+
+
+@pytest.mark.parametrize("steps", [0, 2], ids=["fresh", "trained"])
+@pytest.mark.parametrize("cls", OURS, ids=lambda cls: cls.__name__)
+def test_checkpoints_of_other_rules_are_refused(cls: Any, steps: int) -> None:
+    """Torch's and ours, with states or without: what loads is of the same rule."""
+    params = make_params()
+    optimizer = cls(params)
+    theirs = {drop_in.ours._rule: drop_in.theirs for drop_in in DROP_INS}
+    torchs = [d.theirs for d in DROP_INS if d.theirs is not Adam and d.theirs is not AdamW]
+    torchs += [torch.optim.RAdam, torch.optim.ASGD, torch.optim.Rprop]
+    for other in (*OURS, *torchs):
+        if getattr(other, "_rule", None) == cls._rule or theirs.get(cls._rule) is other:
+            continue
+        others = make_params()
+        source = other(others)
+        train(source, others, range(steps))
+        with pytest.raises(
+            ValueError, match=f"state_dict: .*another algorithm than {cls.__name__}"
+        ):
+            optimizer.load_state_dict(saved(source.state_dict()))
+        assert not optimizer.state
+
+
+@pytest.mark.parametrize("cls", OURS, ids=lambda cls: cls.__name__)
+def test_another_convention_is_refused_with_the_equivalent(cls: Any) -> None:
+    """At lr = 0.5 and lambda = 0.25, of which 0.125 / 0.125 / (1 - 0.125) is left."""
+    equivalents = {
+        ("lr", "decoupled"): "0.125",
+        ("lr", "proximal"): "0.142857143",
+        ("decoupled", "lr"): "0.5",
+        ("decoupled", "proximal"): "0.333333333",
+        ("proximal", "lr"): "0.4",
+        ("proximal", "decoupled"): "0.2",
+    }
+    plain_sgd = {("l2", "lr"): "0.25", ("l2", "decoupled"): "0.125", ("decoupled", "l2"): "0.5"}
+    momentum: dict[str, Any] = {"momentum": 0.0} if cls._rule == "sgd" else {}
+    for source in DECAYS:
+        begun = cls(make_params(), lr=0.5, weight_decay=0.25, decay=source, **momentum)
+        checkpoint = saved(begun.state_dict())
+        for target in DECAYS:
+            optimizer = cls(make_params(), decay=target, **momentum)
+            if source == target:
+                optimizer.load_state_dict(checkpoint)
+                continue
+            with pytest.raises(ValueError, match="state_dict: param group 0 has decay") as caught:
+                optimizer.load_state_dict(checkpoint)
+            message = str(caught.value)
+            known = {**equivalents, **(plain_sgd if momentum else {})}.get((source, target))
+            if known is not None:
+                assert f"weight_decay 0.25 there is {known} in {target!r}" in message
+            elif "l2" in (source, target) and not momentum:
+                assert f"There is no equivalent in {target!r}" in message
+            assert optimizer.param_groups[0]["decay"] == target
+
+
+@pytest.mark.parametrize("drop_in", DROP_INS[2:], ids=in_id)
+def test_torchs_checkpoints_are_of_l2(drop_in: DropIn) -> None:
+    """They do not say so, and nothing else may be taken for it."""
+    params = make_params()
+    theirs = drop_in.theirs(params, **drop_in.loud)
+    train(theirs, params, range(1))
+    checkpoint = saved(theirs.state_dict())
+    checkpoint["param_groups"][0].pop("decoupled_weight_decay", None)
+    optimizer = drop_in.ours(params, decay="lr")
+    with pytest.raises(ValueError, match="has decay 'l2', this optimizer 'lr'"):
+        optimizer.load_state_dict(checkpoint)
+
+
+def test_torchs_buffer_has_no_learning_rate_in_it() -> None:
+    """SGDW takes it as it is, and goes on as torch does."""
+    options = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.1}
+    params, expected = make_params(), make_params()
+    train(SGD(expected, **options), expected, range(8))
+    begun = SGD(params, **options)
+    train(begun, params, range(4))
+    continued = fused_adamw.FusedSGDW(params, decay="l2")
+    continued.load_state_dict(saved(begun.state_dict()))
+    assert continued.param_groups[0]["lr_in_momentum"] is False
+    train(continued, params, range(4, 8))
+    assert_same_to_rounding(params, expected, 8)
+
+
+def test_old_checkpoint_of_sgd() -> None:
+    """Once torch saved a buffer of None where there had been no momentum."""
+    params, expected = make_params(), make_params()
+    for own, cls in ((params, fused_adamw.FusedSGD), (expected, SGD)):
+        checkpoint = cls(own, lr=0.1, momentum=0.9, dampening=0.5).state_dict()
+        checkpoint["state"] = {i: {"momentum_buffer": None} for i in range(len(own))}
+        optimizer = cls(own)
+        optimizer.load_state_dict(checkpoint)
+        train(optimizer, own, range(3))
+    assert_same_to_rounding(params, expected, 3)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("schedule", {"kind": "cosine-warm-restarts", "T_0": 0}),
+        ("schedule", {"kind": "zigzag"}),
+        ("schedule", "cosine"),
+        ("schedule_step", -1),
+        ("schedule_step", 1.5),
+        ("schedule_step", None),
+    ],
+)
+def test_damaged_schedule(name: str, value: Any) -> None:
+    optimizer = FusedAdamW(make_params(), schedule=RESTARTS)
+    checkpoint = optimizer.state_dict()
+    checkpoint["param_groups"][0][name] = value
+    with pytest.raises((TypeError, ValueError), match="state_dict: param group 0: .*found"):
+        optimizer.load_state_dict(checkpoint)
+    assert optimizer.param_groups[0]["schedule"] == RESTARTS
+    assert optimizer.param_groups[0]["schedule_step"] == 0

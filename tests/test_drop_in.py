@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import inspect
 import math
 import pickle
 from collections.abc import Callable
@@ -20,7 +19,6 @@ from drawn_training import (
     assert_same_bits,
     assert_same_to_rounding,
     make_params,
-    saved,
     set_grads,
     state_tensors,
     train,
@@ -42,31 +40,6 @@ def copied_tensors(optimizer: Optimizer, param: Tensor) -> list[Tensor]:
 # --- Interface -----------------------------------------------------------------------------------
 
 
-OWN = {"decay": "lr", "schedule_multiplier": 1.0, "schedule": None, "schedule_step": 0}
-"""What a param group has beyond torch's, by default."""
-
-
-def test_signature_extends_torchs() -> None:
-    ours = list(inspect.signature(FusedAdamW).parameters.values())
-    theirs = list(inspect.signature(AdamW).parameters.values())
-    facts = [[(p.name, p.kind, p.default) for p in parameters] for parameters in (ours, theirs)]
-    assert facts[0][: len(theirs)] == facts[1]
-    own = {p.name: p.default for p in ours[len(theirs) :]}
-    assert own == {"engine": "auto", "state_dtype": None} | {
-        name: value for name, value in OWN.items() if name != "schedule_step"
-    }
-    assert all(p.kind is inspect.Parameter.KEYWORD_ONLY for p in ours[len(theirs) :])
-
-
-def test_defaults_and_groups_are_torchs() -> None:
-    actual, expected = FusedAdamW(make_params()), AdamW(make_params())
-    assert isinstance(actual, Optimizer)
-    assert actual.defaults == {**expected.defaults, **OWN}
-    (ours,), (theirs,) = actual.param_groups, expected.param_groups
-    assert ours.keys() == theirs.keys() | OWN.keys()
-    assert "lr: 0.001" in repr(actual)
-
-
 @pytest.mark.parametrize("amsgrad", [False, True])
 @pytest.mark.parametrize("maximize", [False, True])
 def test_follows_torch(amsgrad: bool, maximize: bool) -> None:
@@ -75,44 +48,12 @@ def test_follows_torch(amsgrad: bool, maximize: bool) -> None:
     pair.check()
 
 
-def test_default_hyperparameters_follow_torch() -> None:
-    ours, theirs = make_params(), make_params()
-    train(FusedAdamW(ours), ours, range(10))
-    train(AdamW(theirs), theirs, range(10))
-    assert_same_to_rounding(ours, theirs, 10)
-
-
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
 @pytest.mark.parametrize("amsgrad", [False, True])
 def test_l2_is_torchs_adam(weight_decay: float, amsgrad: bool) -> None:
     pair = Pair(Adam, {"decay": "l2"}, weight_decay=weight_decay, amsgrad=amsgrad)
     pair.train(10)
     pair.check()
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("amsgrad", [False, True])
-def test_state_dict_looks_like_torchs(dtype: torch.dtype, amsgrad: bool) -> None:
-    dicts = []
-    for cls in (FusedAdamW, AdamW):
-        params = make_params(dtype=dtype)
-        optimizer = cls(params, amsgrad=amsgrad)
-        train(optimizer, params, range(2))
-        dicts.append(optimizer.state_dict())
-    ours, theirs = dicts
-    assert list(ours) == list(theirs)
-    for x, y in zip(ours["param_groups"], theirs["param_groups"], strict=True):
-        assert {k: v for k, v in x.items() if k not in OWN} == y
-    assert list(ours["state"]) == list(theirs["state"])
-    for index, state in theirs["state"].items():
-        assert list(ours["state"][index]) == list(state)
-        for name, value in state.items():
-            found = ours["state"][index][name]
-            assert (name, found.shape, found.dtype, found.device, found.stride()) == (
-                (name, value.shape, value.dtype, value.device, value.stride())
-            )
-    # Plain values and tensors only, so that no code is loaded with a checkpoint.
-    assert saved(ours)["param_groups"] == ours["param_groups"]
 
 
 @pytest.mark.parametrize("option", ["foreach", "fused", "capturable"])

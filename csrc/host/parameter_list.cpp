@@ -35,7 +35,7 @@ PyObject* item(const py::list& list, std::size_t i) {
 GradientReader gradient_reader(PyObject* param) {
   const auto found = py::reinterpret_steal<py::object>(
       PyObject_GetAttrString(reinterpret_cast<PyObject*>(Py_TYPE(param)), "grad"));
-  if (!found) throw py::error_already_set();
+  if (!found) return PyErr_Clear(), GradientReader{};  // no tensor: refused when it is viewed
   if (Py_TYPE(found.ptr()) != &PyGetSetDescr_Type) return {};
   const PyGetSetDef* definition = reinterpret_cast<PyGetSetDescrObject*>(found.ptr())->d_getset;
   return {definition->get, definition->closure};
