@@ -26,6 +26,7 @@ from fused_adamw.weight_decay import convert_weight_decay
 
 PARAM_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _PLAIN = frozenset({float, int, bool, str, type(None)})
+_PLAIN_OR_TUPLE = _PLAIN | {tuple}
 _FLAG = "decoupled_weight_decay"  # torch's name for the convention of decay, kept in checkpoints
 # Every value of a group that only some rules have, and that tells them apart.
 _RULES_KEYS = {_FLAG}.union(*map(group_keys, _C.RULES))
@@ -262,12 +263,15 @@ class FusedOptimizer(Optimizer):
         """The hyperparameters of a group: those of the last step where its values are the same."""
         group = self.param_groups[index]
         values = (*self._values(group), group["differentiable"], group.get(_FLAG))
-        if not all(map(_is_plain, values)):
-            return self._checked_hyperparameters(index)
         known = self._known.get(index)
-        if known is None or known[0] != values:
-            known = self._known[index] = values, self._checked_hyperparameters(index)
-        return known[1]
+        plain = _PLAIN_OR_TUPLE.issuperset(map(type, values))
+        if plain and known is not None and known[0] == values:
+            return known[1]
+        checked = self._checked_hyperparameters(index)
+        self._known.pop(index, None)
+        if all(map(_is_plain, values)):
+            self._known[index] = values, checked
+        return checked
 
     @staticmethod
     def profile_hook_step(func: Callable[..., Any]) -> Callable[..., Any]:
@@ -294,7 +298,7 @@ class FusedOptimizer(Optimizer):
             return result
 
         # torch.compile cannot look into the extension: its graph ends before a step.
-        uncompiled = torch._disable_dynamo(step)
+        uncompiled = torch._disable_dynamo(step)  # type: ignore[attr-defined]
         return step
 
     def _param_lists(self) -> list[list[Tensor]]:

@@ -15,7 +15,7 @@ from fused_adamw.optimizer import FusedOptimizer
 
 
 class DropIn(NamedTuple):
-    """A class of ours, torch's, and loud hyperparameters: each changes parameters by 1e-4 or more."""
+    """A class of ours, torch's, and loud hyperparameters: each step changes much."""
 
     ours: type[FusedOptimizer]
     theirs: type[Optimizer]

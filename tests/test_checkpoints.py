@@ -403,7 +403,7 @@ def test_damaged_schedule(name: str, value: Any) -> None:
     optimizer = FusedAdamW(make_params(), schedule=RESTARTS)
     checkpoint = optimizer.state_dict()
     checkpoint["param_groups"][0][name] = value
-    with pytest.raises((TypeError, ValueError), match="state_dict: param group 0: .*found"):
+    with pytest.raises((TypeError, ValueError), match=r"state_dict: param group 0: .*found"):
         optimizer.load_state_dict(checkpoint)
     assert optimizer.param_groups[0]["schedule"] == RESTARTS
     assert optimizer.param_groups[0]["schedule_step"] == 0
