@@ -40,7 +40,8 @@ OPTIMIZERS: tuple[Callable[..., torch.optim.Optimizer], ...] = (
     *[partial(FusedAdam, amsgrad=amsgrad) for amsgrad in FLAGS],
     FusedNadamW,
     FusedNadam,
-    *[partial(FusedSGD, momentum=momentum) for momentum in (0.0, 0.9)],
+    FusedSGD,
+    *[partial(FusedSGD, momentum=0.9, nesterov=nesterov) for nesterov in FLAGS],
     *[
         partial(FusedRMSprop, centered=centered, momentum=momentum)
         for centered, momentum in itertools.product(FLAGS, (0.0, 0.9))

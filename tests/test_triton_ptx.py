@@ -48,16 +48,16 @@ ADAMW, L2_AMSGRAD = (False, False, False), (True, True, False)
 CASES = [
     *[Case(RULES["adam"], ADAMW, dtypes, states=2) for dtypes in MAIN],
     *[Case(RULES["adam"], L2_AMSGRAD, dtypes, states=3) for dtypes in [*MAIN, *MIXED]],
-    Case(RULES["sgd"], (False,), (BF16, BF16, BF16), states=0),
-    Case(RULES["sgd"], (True,), (BF16, BF16, BF16), states=1),
+    Case(RULES["sgd"], (False, False), (BF16, BF16, BF16), states=0),
+    Case(RULES["sgd"], (True, True), (BF16, BF16, BF16), states=1),
     Case(RULES["rmsprop"], (True, True), (BF16, BF16, F32), states=3),
     Case(RULES["adagrad"], (), (BF16, BF16, F32), states=1),
     Case(RULES["adadelta"], (), (F32, F32, F32), states=2),
     Case(RULES["adamax"], (), (F32, BF16, F32), states=2),
     Case(RULES["lion"], (), (F32, F32, BF16), states=1),
 ]
-# Coefficients that options leave out: l2 and b; b; momentum, c and nesterov.
-UNUSED = {("adam", ADAMW): 2, ("adam", L2_AMSGRAD): 1, ("sgd", (False,)): 3}
+# Coefficients that options leave out: l2 and b; b; momentum, c and ahead.
+UNUSED = {("adam", ADAMW): 2, ("adam", L2_AMSGRAD): 1, ("sgd", (False, False)): 3}
 FUSIBLE = Case(multiply_add, (), (F32, F32, F32), states=1)
 ARCH = 90
 
