@@ -9,16 +9,16 @@
 // [note: host time] A step over a thousand tensors spends its host time here, so the loop in
 // gather() uses the plain C API. A gradient costs one attribute read and one exchange-table call. A
 // parameter costs one call, since `param.data = ...` is common: its memory is compared with what
-// was registered. A state costs a look at its reference count: where nobody but the optimizer and
-// this list has the tensor, nobody can have given it other memory, and otherwise it is compared
-// too. matches() sees objects replaced behind the optimizer's back.
+// was registered. So does a state: it can be given other memory through a dict that holds it, or
+// through another tensor of its storage, and no count of references tells. matches() sees objects
+// replaced behind the optimizer's back.
 //
 // [note: holding] torch keeps a tensor's Python object alive from C++ only while C++ has a
 // reference of its own, and pays some 40 ns to hand that over whenever a call takes the first such
-// reference and drops it again. Holding a reference to every parameter makes a read three times as
-// fast. Python's cycle collector cannot see through a reference held in C++, so a parameter that is
-// part of a cycle (by a hook, say) would never be freed: all are let go of when a full collection
-// starts, and the next gather() takes them again.
+// reference and drops it again. Holding a reference to every parameter and state makes a read three
+// times as fast. Python's cycle collector cannot see through a reference held in C++, so a tensor
+// that is part of a cycle (by a hook, say) would never be freed: all are let go of when a full
+// collection starts, and the next gather() takes them again.
 
 namespace fused_adamw::host {
 namespace {
@@ -57,7 +57,10 @@ ParameterList::ParameterList(Registration registration) : registration_(std::mov
 ParameterList::~ParameterList() { let_go(); }
 
 void ParameterList::hold() {
-  for (const Entry& entry : entries_) held_.push_back(managed(entry.param));
+  for (const Entry& entry : entries_) {
+    if (entry.active) held_.push_back(managed(entry.param));
+  }
+  for (const py::handle state : kept_) held_.push_back(managed(state.ptr()));
 }
 
 void ParameterList::let_go() {
@@ -361,9 +364,8 @@ bool ParameterList::unchanged(const Entry& entry) const {
 }
 
 bool ParameterList::states_unchanged(const Entry& entry) const {
-  constexpr Py_ssize_t kOurs = 2;  // the optimizer's state and kept_
   const auto same = [](const auto& state) {
-    if (state.object == nullptr || Py_REFCNT(state.object) <= kOurs) return true;
+    if (state.object == nullptr) return true;
     dlpack::Tensor tensor;
     if (view(state.object, tensor)) return address(tensor) == state.memory;
     PyErr_Clear();
