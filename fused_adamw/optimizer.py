@@ -13,6 +13,7 @@ from typing import Any, TypeVar, overload
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo
 from torch.compiler import is_dynamo_compiling
 from torch.optim import Optimizer
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
@@ -294,7 +295,7 @@ class FusedOptimizer(Optimizer):
             return result
 
         # torch.compile cannot look into the extension: its graph ends before a step.
-        uncompiled = torch._disable_dynamo(step)
+        uncompiled = _disable_dynamo(step)
         return step
 
     def _param_lists(self) -> list[list[Tensor]]:
