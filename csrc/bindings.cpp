@@ -236,7 +236,8 @@ PYBIND11_MODULE(_C, m) {
            py::arg("labels"), py::arg("restride"), py::arg("increment_version"))
       .def("remember", &host::ParameterList::remember, py::arg("param_lists"), py::arg("states"))
       .def("matches", &host::ParameterList::matches, py::arg("param_lists"), py::arg("states"))
-      .def("gather", &host::ParameterList::gather, py::arg("groups"), py::arg("grads") = py::none())
+      .def("gather", &host::ParameterList::gather, py::arg("groups"), py::arg("grads") = py::none(),
+           py::arg("is_state_held") = false)
       .def("let_go", &host::ParameterList::let_go)
       .def("buckets", &host::ParameterList::buckets, py::return_value_policy::reference_internal)
       .def("commit", &host::ParameterList::commit, py::arg("bucket"));

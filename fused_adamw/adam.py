@@ -36,7 +36,8 @@ class FusedAdamW(FusedOptimizer):
     ``exp_avg``, ``exp_avg_sq`` and with amsgrad ``max_exp_avg_sq``, of the parameter's shape.
     Checkpoints of `torch.optim.AdamW` load here and the other way round (``decay="lr"``).
 
-    State may be changed in place or replaced at any time.
+    State may be changed in place, replaced or moved to other memory at any time. Only a state's
+    storage must not be moved through a view of it: a step would not see that.
 
     Args:
         params: tensors, (name, tensor) pairs or param groups; float32, bfloat16 or float16, dense

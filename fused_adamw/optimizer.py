@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import sys
 from abc import abstractmethod
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
@@ -13,6 +14,7 @@ from typing import Any, TypeVar, overload
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo
 from torch.compiler import is_dynamo_compiling
 from torch.optim import Optimizer
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
@@ -27,6 +29,7 @@ from fused_adamw.weight_decay import convert_weight_decay
 PARAM_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _PLAIN = frozenset({float, int, bool, str, type(None)})
 _PLAIN_OR_TUPLE = _PLAIN | {tuple}
+_OWN_REFERENCES = 2  # the attribute's and the call's
 _FLAG = "decoupled_weight_decay"  # torch's name for the convention of decay, kept in checkpoints
 # Every value of a group that only some rules have, and that tells them apart.
 _RULES_KEYS = {_FLAG}.union(*map(group_keys, _C.RULES))
@@ -126,6 +129,10 @@ class FusedOptimizer(Optimizer):
     def _state(self) -> States:
         state: States = self.__dict__["state"]
         return state
+
+    def _is_state_held(self) -> bool:
+        """Whether someone else has the dict of states, and so can reach every tensor in it."""
+        return sys.getrefcount(self.__dict__["state"]) > _OWN_REFERENCES
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a param group, as in torch; refused whole if anything in it cannot be used."""
@@ -229,7 +236,7 @@ class FusedOptimizer(Optimizer):
             if (
                 registered is None
                 or not registered.native.matches(self._param_lists(), self._state)
-                or not registered.step(current)
+                or not registered.step(current, is_state_held=self._is_state_held())
             ):
                 self._register_and_step(current)
         except BaseException:
@@ -298,7 +305,7 @@ class FusedOptimizer(Optimizer):
             return result
 
         # torch.compile cannot look into the extension: its graph ends before a step.
-        uncompiled = torch._disable_dynamo(step)  # type: ignore[attr-defined]
+        uncompiled = _disable_dynamo(step)
         return step
 
     def _param_lists(self) -> list[list[Tensor]]:

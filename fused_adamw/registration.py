@@ -89,7 +89,9 @@ class RegisteredList:
     members: Sequence[Member]
     engine: str
     native: _C.ParameterList = field(init=False)
-    _stepped: list[_C.Bucket] = field(init=False, default_factory=list)  # in the last step
+    # Addresses of the parameters that a step updated before an engine failed. Not the buckets: they
+    # keep the extension's list alive, unseen by Python's cycle collector.
+    _stepped: frozenset[int] = field(init=False, default=frozenset())
     _lock: threading.Lock = field(init=False, default_factory=threading.Lock)
     _runs: dict[tuple[int, int], Run] = field(init=False, default_factory=dict)
 
@@ -113,12 +115,15 @@ class RegisteredList:
         self,
         hyperparameters: Sequence[_C.Hyperparameters],
         grads: list[Tensor | None] | None = None,
+        *,
+        is_state_held: bool = False,
     ) -> bool:
         """Updates every parameter that has a gradient; false, with nothing done, if out of date.
 
         Args:
             hyperparameters: of each group.
             grads: the gradients; by default those of the parameters.
+            is_state_held: whether someone else can reach the states, and may have moved them.
 
         Raises:
             TypeError, ValueError, RuntimeError: for a gradient that cannot be used, naming the
@@ -126,20 +131,25 @@ class RegisteredList:
                 before have been stepped and counted.
         """
         with self._lock:  # another thread's step would take the buckets from under an engine
-            if not self.native.gather(hyperparameters, grads):
+            if not self.native.gather(hyperparameters, grads, is_state_held):
                 return False
             buckets = self.native.buckets()
             runs = [self._run(bucket) for bucket in buckets]
-            self._stepped.clear()
-            for run, bucket in zip(runs, buckets, strict=True):
-                run(bucket, hyperparameters)
-                self.native.commit(bucket)
-                self._stepped.append(bucket)
+            done = 0
+            try:
+                for run, bucket in zip(runs, buckets, strict=True):
+                    run(bucket, hyperparameters)
+                    self.native.commit(bucket)
+                    done += 1
+            except BaseException:
+                stepped = (bucket.addresses[:, 0] for bucket in buckets[:done])
+                self._stepped = frozenset(int(x) for column in stepped for x in column)
+                raise
         return True
 
     def has_stepped(self, param: Tensor) -> bool:
-        """Whether the last step updated a parameter before an engine failed, if one did."""
-        return any(param.data_ptr() in bucket.addresses[:, 0] for bucket in self._stepped)
+        """Whether a step that failed had already updated a parameter."""
+        return param.data_ptr() in self._stepped
 
     def _run(self, bucket: _C.Bucket) -> Run:
         if bucket.device_type == _CUDA and torch.cuda.is_current_stream_capturing():

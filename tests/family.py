@@ -15,7 +15,7 @@ from fused_adamw.optimizer import FusedOptimizer
 
 
 class DropIn(NamedTuple):
-    """A class of ours, torch's, and loud hyperparameters: each step changes much."""
+    """A class of ours, torch's, and hyperparameters that each change parameters by 1e-4 or more."""
 
     ours: type[FusedOptimizer]
     theirs: type[Optimizer]
@@ -101,6 +101,13 @@ DROP_INS = [
         [{}, _UP, _NO_DECAY],
     ),
     DropIn(fused_adamw.FusedAdamax, optim.Adamax, _ADAM, [{}, _UP, _NO_DECAY]),
+]
+CLASSES: list[Any] = [
+    *(drop_in.ours for drop_in in DROP_INS),
+    fused_adamw.FusedAdamProx,
+    fused_adamw.FusedLion,
+    fused_adamw.FusedNadamW,
+    fused_adamw.FusedSGDW,
 ]
 CASES = [(drop_in, options) for drop_in in DROP_INS for options in drop_in.options]
 

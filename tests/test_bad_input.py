@@ -17,6 +17,7 @@ import pytest
 import torch
 from drawn_training import LOUD, make_params, saved, set_grads, train
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fused_adamw import FusedAdamW, engine_status, functional
 
@@ -445,6 +446,83 @@ def test_missing_state(optimizer: FusedAdamW) -> None:
     del optimizer.state[last_param(optimizer)]["exp_avg"]
     with refused(optimizer, (KeyError, ValueError), LAST, "exp_avg"):
         optimizer.step()
+
+
+# --- Frozen parameters ---------------------------------------------------------------------------
+
+FROZEN: list[Tensor] = [
+    torch.zeros(3, dtype=torch.int64),
+    torch.ones(2, dtype=torch.bool),
+    torch.ones(2, dtype=torch.float64),
+    torch.ones(2, dtype=torch.complex64),
+    torch.ones(3, 3).to_sparse(),
+    torch.ones(4, 1).expand(4, 4),
+    torch.ones(2, device="meta"),
+]
+
+
+@pytest.mark.parametrize("frozen", FROZEN, ids=in_id)
+def test_frozen_parameter_may_be_of_any_kind(frozen: Tensor) -> None:
+    (param,), (expected,) = make_params([(3,)]), make_params([(3,)])
+    before = content(frozen)
+    optimizer = FusedAdamW([param, frozen], **LOUD)
+    train(optimizer, [param], range(3))
+    train(FusedAdamW([expected], **LOUD), [expected], range(3))
+    assert torch.equal(param, expected)
+    assert content(frozen) == before
+    assert frozen not in optimizer.state
+
+
+def test_frozen_parameter_is_thawed() -> None:
+    params, expected = make_params([(3,), (4,)]), make_params([(3,), (4,)])
+    params[1].requires_grad_(False)
+    optimizer, plain = FusedAdamW(params, **LOUD), FusedAdamW(expected, **LOUD)
+    train(optimizer, params[:1], range(2))
+    train(plain, expected[:1], range(2))
+    params[1].requires_grad_(True)
+    train(optimizer, params, range(2, 4))
+    train(plain, expected, range(2, 4))
+    for x, y in zip(params, expected, strict=True):
+        assert torch.equal(x, y)
+    assert optimizer.state[params[1]]["step"] == 2
+
+
+def test_frozen_parameter_that_cannot_be_stepped_is_thawed() -> None:
+    """It is refused when there is a gradient to step with."""
+    (param,), frozen = make_params([(3,)]), torch.ones(2, dtype=torch.float64)
+    optimizer = FusedAdamW([param, frozen], **LOUD)
+    train(optimizer, [param], range(2))
+    frozen.requires_grad_(True)
+    set_grads([param, frozen], 2)
+    with refused(optimizer, TypeError, "parameter 1", "float64", "accepted: float32"):
+        optimizer.step()
+
+
+# --- Tensors that are none -----------------------------------------------------------------------
+
+
+def test_fake_tensors() -> None:
+    """They have a shape and no memory."""
+    with FakeTensorMode():
+        param = nn.Parameter(torch.ones(4))
+        param.grad = torch.ones(4)
+        optimizer = FusedAdamW([param])
+        with pytest.raises(RuntimeError) as caught:
+            optimizer.step()
+    assert_clear(caught.value, "parameter 0", "FakeTensor", "accepted: a dense tensor with memory")
+    assert not optimizer.state
+
+
+def test_real_tensors_among_fakes() -> None:
+    param = nn.Parameter(torch.ones(4))
+    param.grad = torch.ones(4)
+    optimizer = FusedAdamW([param])
+    with FakeTensorMode(), pytest.raises(Exception, match="FakeTensor"):
+        optimizer.step()
+    assert not optimizer.state
+    assert torch.equal(param, torch.ones(4))
+    optimizer.step()
+    assert optimizer.state[param]["step"] == 1
 
 
 # --- Gradients -----------------------------------------------------------------------------------

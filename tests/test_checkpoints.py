@@ -20,7 +20,7 @@ from drawn_training import (
     state_tensors,
     train,
 )
-from family import CASES, DROP_INS, DropIn, assert_as_near_as, in_id, numbers_of, params_in
+from family import CASES, CLASSES, DROP_INS, DropIn, assert_as_near_as, in_id, numbers_of, params_in
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
 import fused_adamw
@@ -236,18 +236,12 @@ def train_in(optimizer: Optimizer, params: list[Any], steps: range) -> None:
         optimizer.step()
 
 
-OURS = [drop_in.ours for drop_in in DROP_INS] + [
-    fused_adamw.FusedAdamProx,
-    fused_adamw.FusedLion,
-    fused_adamw.FusedNadamW,
-    fused_adamw.FusedSGDW,
-]
 RESTARTS = schedules.Product(
     (schedules.LinearWarmup(3, eta_min=0.5), schedules.CosineWarmRestarts(4, 2, eta_min=0.1))
 )
 
 
-@pytest.mark.parametrize("cls", OURS, ids=lambda cls: cls.__name__)
+@pytest.mark.parametrize("cls", CLASSES, ids=lambda cls: cls.__name__)
 def test_resume_within_a_restart_cycle(cls: Any) -> None:
     """Through a file, in the second cycle: the same bits as never stopping, and the same eta."""
     params, expected = make_params(), make_params()
@@ -296,7 +290,7 @@ def test_product_of_mu_is_kept_in_float64() -> None:
 
 
 @pytest.mark.parametrize("steps", [0, 2], ids=["fresh", "trained"])
-@pytest.mark.parametrize("cls", OURS, ids=lambda cls: cls.__name__)
+@pytest.mark.parametrize("cls", CLASSES, ids=lambda cls: cls.__name__)
 def test_checkpoints_of_other_rules_are_refused(cls: Any, steps: int) -> None:
     """Torch's and ours, with states or without: what loads is of the same rule."""
     params = make_params()
@@ -304,7 +298,7 @@ def test_checkpoints_of_other_rules_are_refused(cls: Any, steps: int) -> None:
     theirs = {drop_in.ours._rule: drop_in.theirs for drop_in in DROP_INS}
     torchs = [d.theirs for d in DROP_INS if d.theirs is not Adam and d.theirs is not AdamW]
     torchs += [torch.optim.RAdam, torch.optim.ASGD, torch.optim.Rprop]
-    for other in (*OURS, *torchs):
+    for other in (*CLASSES, *torchs):
         if getattr(other, "_rule", None) == cls._rule or theirs.get(cls._rule) is other:
             continue
         others = make_params()
@@ -317,7 +311,7 @@ def test_checkpoints_of_other_rules_are_refused(cls: Any, steps: int) -> None:
         assert not optimizer.state
 
 
-@pytest.mark.parametrize("cls", OURS, ids=lambda cls: cls.__name__)
+@pytest.mark.parametrize("cls", CLASSES, ids=lambda cls: cls.__name__)
 def test_another_convention_is_refused_with_the_equivalent(cls: Any) -> None:
     """At lr = 0.5 and lambda = 0.25, of which 0.125 / 0.125 / (1 - 0.125) is left."""
     equivalents = {

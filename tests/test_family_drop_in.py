@@ -59,7 +59,7 @@ class Three:
 
 @each
 def test_signature_is_torchs(drop_in: DropIn) -> None:
-    """Torch's arguments by position, where torch takes them so, and by keyword; its defaults."""
+    """Torch's arguments by position, where torch takes them so, and by keyword; same defaults."""
     ours = inspect.signature(drop_in.ours).parameters
     theirs = inspect.signature(drop_in.theirs).parameters
     by_position = [name for name, p in theirs.items() if p.kind is p.POSITIONAL_OR_KEYWORD]

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import gc
+import threading
 import weakref
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -23,7 +25,7 @@ from drawn_training import (
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer, lr_scheduler
 
-from fused_adamw import FusedAdamW
+from fused_adamw import _C, FusedAdamW, FusedSGD, registration
 
 # --- Memory that changes behind the optimizer's back ---------------------------------------------
 
@@ -87,8 +89,6 @@ def test_whole_state_of_a_parameter_is_replaced() -> None:
     twins.check()
 
 
-# A state tensor that is held over a step and then given other memory is documented not to be seen:
-# see "State" in FusedAdamW's docstring.
 @pytest.mark.parametrize("name", ["exp_avg", "exp_avg_sq", "step"])
 def test_state_tensor_is_given_other_memory(name: str) -> None:
     twins = Twins()
@@ -174,6 +174,198 @@ def test_autograd_sees_the_writes() -> None:
         with pytest.raises(RuntimeError, match="modified by an inplace operation"):
             losses[0].backward()
         losses[1].backward()
+
+
+class FreshGradient(nn.Parameter):
+    """A parameter whose gradient is made anew whenever it is read, as some wrappers do."""
+
+    @property
+    def grad(self) -> Tensor | None:  # type: ignore[override]
+        gradient = Tensor.grad.__get__(self)  # type: ignore[attr-defined]
+        return None if gradient is None else gradient.clone()
+
+    @grad.setter
+    def grad(self, value: Tensor | None) -> None:
+        Tensor.grad.__set__(self, value)  # type: ignore[attr-defined]
+
+
+def test_gradient_that_lives_only_while_it_is_read() -> None:
+    """Of 4 MB, whose memory an allocator gives back to the system at once."""
+    expected = make_params([(1 << 20,), (1 << 20,)])
+    params = [FreshGradient(param.detach().clone()) for param in expected]
+    assert params[0].grad is None
+    train(FusedAdamW(expected, **LOUD), expected, range(3))
+    train(FusedAdamW(params, **LOUD), params, range(3))
+    assert_same_bits([p.detach() for p in params], [p.detach() for p in expected])
+
+
+def share(value: Tensor) -> None:
+    value.share_memory_()
+
+
+def resize(value: Tensor) -> None:
+    """Grows the storage, which moves it, and leaves the numbers at its start."""
+    value.untyped_storage().resize_(1 << 24)
+
+
+def set_data(value: Tensor) -> None:
+    value.data = value.detach().clone()
+
+
+@pytest.mark.parametrize("move", [share, resize, set_data], ids=lambda move: move.__name__)
+@pytest.mark.parametrize("held_by", ["state_dict", "outer dict", "inner dicts", "tensors"])
+def test_held_state_is_given_other_memory(move: Callable[[Tensor], None], held_by: str) -> None:
+    """By someone who has had it since before the steps that registered it."""
+    twins = Twins()
+    held: Any = {
+        "state_dict": lambda: twins.optimizer.state_dict()["state"],
+        "outer dict": lambda: twins.optimizer.state,
+        "inner dicts": lambda: dict(twins.optimizer.state),
+        "tensors": lambda: {p: dict(state) for p, state in twins.optimizer.state.items()},
+    }[held_by]()
+    twins.train(2)
+    for state in held.values():
+        for value in state.values():
+            before = value.data_ptr()
+            move(value)
+            assert value.data_ptr() != before
+    twins.train(2)
+    twins.check()
+
+
+def test_threads_step_one_optimizer() -> None:
+    """What they compute is a race, but memory is whole, and every step is taken."""
+    params = make_params([(100,)] * 20)
+    optimizer = FusedAdamW(params, lr=1e-3)
+    set_grads(params, 0)
+    failures: list[BaseException] = []
+
+    def work() -> None:
+        try:
+            for i in range(200):
+                optimizer.step()
+                if i % 20 == 0:
+                    optimizer.state_dict()  # makes the next step register anew
+        except BaseException as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures
+    assert all(0 < float(optimizer.state[param]["step"]) <= 800 for param in params)
+    assert all(param.isfinite().all() for param in params)
+    steps = [float(optimizer.state[param]["step"]) for param in params]
+    optimizer.step()
+    assert [float(optimizer.state[param]["step"]) for param in params] == [n + 1 for n in steps]
+
+
+def test_values_beside_the_states_do_not_register_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    params = make_params()
+    optimizer = FusedAdamW(params)
+    optimizer.state["note"] = "not a dict"  # type: ignore[index, assignment]
+    optimizer.state["notes"] = [1]  # type: ignore[index, assignment]
+    train(optimizer, params, range(2))
+    registrations = []
+    register = optimizer._register_and_step
+    monkeypatch.setattr(
+        optimizer, "_register_and_step", lambda *args: registrations.append(register(*args))
+    )
+    train(optimizer, params, range(2, 5))
+    assert not registrations
+    optimizer.state["notes"] = [2]  # type: ignore[index, assignment]
+    train(optimizer, params, range(5, 6))
+    assert len(registrations) == 1
+
+
+class EngineFailedError(RuntimeError):
+    pass
+
+
+@pytest.mark.parametrize("cls", [FusedAdamW, FusedSGD])
+@pytest.mark.parametrize("first_step", [True, False], ids=["first step", "later step"])
+def test_engine_that_fails_on_the_second_bucket(
+    cls: Any, first_step: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first has been stepped and counted, of the second there is nothing."""
+    options = {"lr": 0.1, "dampening": 0.5, "momentum": 0.9} if cls is FusedSGD else LOUD
+    found = []
+    for fails in (True, False):
+        first, second = make_params([(3,)]), make_params([(4,)], torch.bfloat16)
+        optimizer = cls([*first, *second], **options)
+        if not first_step:
+            train(optimizer, [*first, *second], range(2))
+        set_grads([*first, *second], 2)
+        if fails:
+            before = [second[0].detach().clone(), *state_tensors(optimizer, second)]
+            before = [value.clone() for value in before]
+            calls: list[int] = []
+
+            def run(bucket: Any, hyperparameters: Any, calls: list[int] = calls) -> None:
+                calls.append(1)
+                if len(calls) == 2:
+                    raise EngineFailedError
+                _C.update_cpu(bucket, 1)
+
+            with monkeypatch.context() as patch:
+                patch.setattr(registration, "engine_for", lambda *_: run)
+                optimizer.state  # noqa: B018  registers anew, with this engine
+                with pytest.raises(EngineFailedError):
+                    optimizer.step()
+            optimizer.state  # noqa: B018
+            assert_same_bits([second[0].detach(), *state_tensors(optimizer, second)], before)
+            done = [first[0].detach().clone(), *map(torch.clone, state_tensors(optimizer, first))]
+            second[0].grad, first[0].grad = second[0].grad, None  # the caller makes up for it
+            optimizer.step()
+        else:
+            optimizer.step()
+            done = [first[0].detach().clone(), *map(torch.clone, state_tensors(optimizer, first))]
+        rest = [second[0].detach(), *state_tensors(optimizer, second)]
+        found.append([*done, *rest])
+    assert_same_bits(*found)
+
+
+def test_compiled_function_that_steps() -> None:
+    """torch.compile ends its graph where a step begins, and goes on after it."""
+    results = []
+    for compiled in (True, False):
+        torch._dynamo.reset()
+        torch.manual_seed(0)
+        model = nn.Linear(4, 3)
+        optimizer = FusedAdamW(model.parameters(), **LOUD)
+        x = torch.randn(5, 4)
+
+        def iteration(
+            optimizer: Optimizer = optimizer, model: nn.Linear = model, x: Tensor = x
+        ) -> Tensor:
+            optimizer.zero_grad()
+            loss = model(x).pow(2).sum()
+            loss.backward()
+            optimizer.step()
+            return loss * 2
+
+        run = torch.compile(iteration, backend="eager") if compiled else iteration
+        losses = [run().detach() for _ in range(4)]
+        results.append([*losses, *(param.detach() for param in model.parameters())])
+        assert all(state["step"] == 4 for state in optimizer.state.values())
+    assert_same_bits(*results)
+
+
+def test_step_that_is_compiled_itself() -> None:
+    torch._dynamo.reset()
+    params, expected = make_params(), make_params()
+    optimizer, plain = FusedAdamW(params, **LOUD), FusedAdamW(expected, **LOUD)
+    calls: list[str] = []
+    optimizer.register_step_post_hook(lambda *_: calls.append("hook"))
+    step = torch.compile(optimizer.step, backend="eager")
+    for i in range(3):
+        set_grads(params, i)
+        step()
+        train(plain, expected, range(i, i + 1))
+    assert calls == ["hook"] * 3
+    assert_same_bits(params, expected)
 
 
 # --- Memory that must be freed -------------------------------------------------------------------

@@ -9,16 +9,18 @@
 // [note: host time] A step over a thousand tensors spends its host time here, so the loop in
 // gather() uses the plain C API. A gradient costs one attribute read and one exchange-table call. A
 // parameter costs one call, since `param.data = ...` is common: its memory is compared with what
-// was registered. A state costs a look at its reference count: where nobody but the optimizer and
-// this list has the tensor, nobody can have given it other memory, and otherwise it is compared
-// too. matches() sees objects replaced behind the optimizer's back.
+// was registered. A state costs a look at reference counts: where nobody but the optimizer and this
+// list has the tensor or a dict that it is in, nobody can reach it to give it other memory, and
+// otherwise it is compared too. (A view of a state reaches its storage, which no count tells: the
+// documentation forbids to move it so.) matches() sees objects replaced behind the optimizer's
+// back.
 //
 // [note: holding] torch keeps a tensor's Python object alive from C++ only while C++ has a
 // reference of its own, and pays some 40 ns to hand that over whenever a call takes the first such
-// reference and drops it again. Holding a reference to every parameter makes a read three times as
-// fast. Python's cycle collector cannot see through a reference held in C++, so a parameter that is
-// part of a cycle (by a hook, say) would never be freed: all are let go of when a full collection
-// starts, and the next gather() takes them again.
+// reference and drops it again. Holding a reference to every parameter makes a read three
+// times as fast. Python's cycle collector cannot see through a reference held in C++, so a tensor
+// that is part of a cycle (by a hook, say) would never be freed: all are let go of when a full
+// collection starts, and the next gather() takes them again.
 
 namespace fused_adamw::host {
 namespace {
@@ -57,7 +59,9 @@ ParameterList::ParameterList(Registration registration) : registration_(std::mov
 ParameterList::~ParameterList() { let_go(); }
 
 void ParameterList::hold() {
-  for (const Entry& entry : entries_) held_.push_back(managed(entry.param));
+  for (const Entry& entry : entries_) {
+    if (entry.active) held_.push_back(managed(entry.param));
+  }
 }
 
 void ParameterList::let_go() {
@@ -107,6 +111,7 @@ void ParameterList::register_entry(std::size_t i) {
 
 void ParameterList::register_state(Entry& entry, std::size_t i, py::dict state) {
   const py::tuple names = registration_.names[i];
+  entry.states_by_name = state.ptr();
   dlpack::Tensor tensor;
   const auto read = [&](const std::string& name) {
     PyObject* value = PyDict_GetItemString(state.ptr(), name.c_str());
@@ -233,7 +238,7 @@ bool ParameterList::matches(const py::list& param_lists, const py::dict& states)
 }
 
 bool ParameterList::gather(const std::vector<const Hyperparameters*>& groups,
-                           const std::optional<py::list>& grads) {
+                           const std::optional<py::list>& grads, bool is_state_held) {
   if (held_.empty()) hold();
   temporaries_ = py::list();
   updated_.clear();
@@ -259,7 +264,7 @@ bool ParameterList::gather(const std::vector<const Hyperparameters*>& groups,
 
     Dtype grad_dtype;
     void* grad_memory = read_gradient(entry, grad.ptr(), grad_dtype);
-    if (!entry.has_state || !states_unchanged(entry)) return false;
+    if (!entry.has_state || !states_unchanged(entry, is_state_held)) return false;
     if (grad_memory != entry.checked_grad || grad_dtype != entry.checked_grad_dtype) {
       check_gradient_memory(entry, grad_memory, grad_dtype);
       entry.checked_grad = grad_memory;
@@ -363,10 +368,14 @@ bool ParameterList::unchanged(const Entry& entry) const {
          same_strides(entry, tensor);
 }
 
-bool ParameterList::states_unchanged(const Entry& entry) const {
-  constexpr Py_ssize_t kOurs = 2;  // the optimizer's state and kept_
-  const auto same = [](const auto& state) {
-    if (state.object == nullptr || Py_REFCNT(state.object) <= kOurs) return true;
+bool ParameterList::states_unchanged(const Entry& entry, bool is_held) const {
+  // A dict of states is referred to by the optimizer's state, the member and registration_; a
+  // tensor by the dict and kept_.
+  constexpr Py_ssize_t kOfDict = 3, kOfTensor = 2;
+  is_held = is_held || Py_REFCNT(entry.states_by_name) > kOfDict;
+  const auto same = [is_held](const auto& state) {
+    if (state.object == nullptr) return true;
+    if (!is_held && Py_REFCNT(state.object) <= kOfTensor) return true;
     dlpack::Tensor tensor;
     if (view(state.object, tensor)) return address(tensor) == state.memory;
     PyErr_Clear();

@@ -63,9 +63,10 @@ class ParameterList {
 
   // Reads the gradients (of the parameters, or those given; None: not updated), checks every tensor
   // and fills the buckets. Nothing is written. False if the list must be registered anew: a
-  // parameter has its first gradient, or has been given other memory.
+  // parameter has its first gradient, or has been given other memory. `is_state_held`: someone else
+  // has the dict of states.
   bool gather(const std::vector<const Hyperparameters*>& groups,
-              const std::optional<py::list>& grads);
+              const std::optional<py::list>& grads, bool is_state_held);
 
   // For Python's cycle collector: visits what is referenced; ends the references held in C++, which
   // the next step takes again. See [note: holding].
@@ -95,6 +96,7 @@ class ParameterList {
     PyObject* param;
     void* data;
     bool active;
+    PyObject* states_by_name;  // the dict of the following
     StateMemory<void> state[kMaxStates];
     StateMemory<float> step;     // null where the rule counts none
     StateMemory<double> scalar;  // likewise
@@ -133,7 +135,7 @@ class ParameterList {
   bool same_shape(const Entry& entry, const dlpack::Tensor& tensor) const;
   bool same_strides(const Entry& entry, const dlpack::Tensor& tensor) const;
   bool unchanged(const Entry& entry) const;
-  bool states_unchanged(const Entry& entry) const;
+  bool states_unchanged(const Entry& entry, bool is_held) const;
   Position position(const Entry& entry) const;
   void* read_gradient(const Entry& entry, PyObject* grad, Dtype& dtype);
   const Route& route_of(const Entry& entry, const Hyperparameters& group, Dtype grad_dtype,
