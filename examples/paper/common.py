@@ -14,7 +14,7 @@ import json
 import math
 import re
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -137,17 +137,17 @@ def train(
     optimizers: Sequence[Optimizer],
     data: Data,
     epochs: int,
-    after_epoch: Callable[[int], object] = lambda epoch: None,
-    title: str = "",
-) -> None:
+    title: str,
+) -> Iterator[int]:
     """Trains a stack, every seed with an order of the images of its own, under a progress bar.
+
+    Yields the number of epochs done after each.
 
     Args:
         stack: the networks.
         optimizers: of the stack's groups, each group in one.
         data: batches are `BATCH` of its images to train on.
         epochs: passes over these.
-        after_epoch: called with the number of epochs done.
         title: what the progress bar says.
     """
     orders = [torch.Generator().manual_seed(1000 + seed) for seed in range(stack.seeds)]
@@ -158,7 +158,7 @@ def train(
                 stack.backward(data.images[batch], data.labels[batch])
                 for optimizer in optimizers:
                     optimizer.step()
-            after_epoch(epoch)
+            yield epoch
 
 
 def progress() -> Progress:

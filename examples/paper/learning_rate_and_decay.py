@@ -48,13 +48,9 @@ def main() -> None:
             grid = [(2.0**lr, 2.0**decay) for lr in lrs for decay in decays]
             stack = Stack(len(grid), seeds, normalize)
             groups = stack.groups(lr=[lr for lr, _ in grid], weight_decay=[wd for _, wd in grid])
-            train(
-                stack,
-                [optimizer(groups, schedule=schedule, **options)],
-                data,
-                epochs,
-                title=f"{name}, {network}",
-            )
+            made = optimizer(groups, schedule=schedule, **options)
+            for _ in train(stack, [made], data, epochs, f"{name}, {network}"):
+                pass
             _, errors = stack.evaluate(data.test_images, data.test_labels)
             errors = 100 * errors.view(len(lrs), len(decays), seeds)
             best = best_decays(errors, decays)
@@ -74,7 +70,7 @@ def main() -> None:
             }
             axis = axes[row, column]
             axis.imshow(
-                mean.log(),
+                mean.log().numpy(),
                 origin="lower",
                 aspect="auto",
                 cmap="viridis_r",

@@ -43,16 +43,12 @@ def main() -> None:
         FusedAdam(groups[len(decays) :], lr=LR, schedule=schedule),
     ]
     epochs_seen, losses, errors = [], [], []  # of [2, decays, seeds]
-
-    def evaluate(epoch: int) -> None:
-        if epoch % 5 and epoch not in (1, epochs):
-            return
-        epochs_seen.append(epoch)
-        losses.append(stack.evaluate(data.images, data.labels)[0].view(2, -1, seeds))
-        error = stack.evaluate(data.test_images, data.test_labels)[1]
-        errors.append(100 * error.view(2, -1, seeds))
-
-    train(stack, optimizers, data, epochs, evaluate, "AdamW and Adam with L2")
+    for epoch in train(stack, optimizers, data, epochs, "AdamW and Adam with L2"):
+        if epoch % 5 == 0 or epoch in (1, epochs):
+            epochs_seen.append(epoch)
+            losses.append(stack.evaluate(data.images, data.labels)[0].view(2, -1, seeds))
+            error = stack.evaluate(data.test_images, data.test_labels)[1]
+            errors.append(100 * error.view(2, -1, seeds))
     loss, error = torch.stack(losses), torch.stack(errors)
     numbers: dict[str, Any] = {"lr": LR, "epochs": epochs, "seeds": seeds, "decays": decays}
     figure = Figure(figsize=(13, 4), layout="constrained")

@@ -39,7 +39,8 @@ def main() -> None:
             schedule = CosineAnnealing(T_max=steps(data, epochs))
             groups = stack.groups(weight_decay=decays)
             made = optimizer(groups, schedule=schedule, **options)
-            train(stack, [made], data, epochs, title=f"{name}, {epochs} epochs")
+            for _ in train(stack, [made], data, epochs, f"{name}, {epochs} epochs"):
+                pass
             error = 100 * stack.evaluate(data.test_images, data.test_labels)[1]
             # A decay of `unit` is a normalized one of 1.
             unit = normalized_weight_decay(

@@ -41,8 +41,9 @@ def main() -> None:
         follower = {"params": [param.clone() for param in adamw["params"]]}
         for param, leader in zip(follower["params"], adamw["params"], strict=True):
             param.grad = leader.grad
+        draw = torch.Generator().manual_seed(0)
         for param in rounded["params"]:
-            param.mul_(1 + 2.0**-23)
+            param.mul_(1 + 2.0**-23 * torch.randn(param.shape, generator=draw).sign())
         optimizers = [
             FusedAdamW([adamw, rounded], decay="decoupled", **options),
             FusedAdamProx([follower, prox], **options),
@@ -51,14 +52,11 @@ def main() -> None:
         others = dict(zip(STYLES, (follower, prox, rounded, adam), strict=True))
         start = [param.clone() for param in adamw["params"]]
         distances: dict[str, list[float]] = {name: [] for name in others}
-
-        def measure(epoch: int) -> None:
-            way = distance(adamw["params"], start)  # noqa: B023
-            for name, group in others.items():  # noqa: B023
-                apart = distance(adamw["params"], group["params"])  # noqa: B023
-                distances[name].append((apart / way).mean().item())  # noqa: B023
-
-        train(stack, optimizers, data, epochs, measure, f"λ = 2^{exponent}")
+        for _ in train(stack, optimizers, data, epochs, f"λ = 2^{exponent}"):
+            way = distance(adamw["params"], start)
+            for name, group in others.items():
+                apart = distance(adamw["params"], group["params"])
+                distances[name].append((apart / way).mean().item())
         errors = 100 * stack.evaluate(data.test_images, data.test_labels)[1].mean(1)
         found: dict[str, Any] = {"distance from AdamW, relative to its way": {}}
         for name, values in distances.items():

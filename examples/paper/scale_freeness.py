@@ -22,7 +22,7 @@ from torch.optim import Optimizer
 from fused_adamw import FusedAdam, FusedAdamProx, FusedAdamW
 
 LR, DECAY = 2.0**-7, 2.0**-10
-Make = Callable[[list[Any]], Optimizer]
+STILL = 1e-6  # no update of a weight that has had a gradient lately is as small
 MAKE: dict[str, Callable[[list[Any], float], Optimizer]] = {
     "AdamW": lambda params, eps: FusedAdamW(
         params, lr=LR, eps=eps, weight_decay=DECAY, decay="decoupled"
@@ -33,22 +33,27 @@ MAKE: dict[str, Callable[[list[Any], float], Optimizer]] = {
 
 
 def record(data: Data, steps: int) -> tuple[Tensor, Tensor]:
-    """Parameters [n] of a network at first, and gradients [steps, n] of its training with AdamW."""
+    """Parameters [n] of a network at first, and gradients [steps, n] of its training with AdamW.
+
+    Those that ever have a gradient of zero, such as the weights of a unit that is always off, are
+    left out: with eps = 0 they would be divided 0 / 0.
+    """
     stack = Stack(1, 1)
     optimizer = MAKE["AdamW"](stack.groups(), 1e-8)
     start = torch.cat([param.detach().flatten() for param in stack.params])
     grads = []
-    for _ in range(steps):  # on all images, that no gradient be zero: eps = 0 would make it 0 / 0
+    for _ in range(steps):
         stack.backward(data.images[None], data.labels[None])
         grads.append(torch.cat([param.grad.flatten() for param in stack.params]))
         optimizer.step()
-    return start, torch.stack(grads)
+    used = (torch.stack(grads) != 0).all(0)
+    return start[used], torch.stack(grads)[:, used]
 
 
-def follow(start: Tensor, grads: Tensor, make: Make) -> Tensor:
+def follow(start: Tensor, grads: Tensor, name: str, eps: float) -> Tensor:
     """Where an optimizer gets by these gradients."""
     param = start.clone()
-    optimizer = make([param])
+    optimizer = MAKE[name]([param], eps)
     for param.grad in grads:
         optimizer.step()
     return param
@@ -63,11 +68,9 @@ def deviations(start: Tensor, grads: Tensor) -> dict[str, Any]:
         "any factors": 2.0**exponents * (1 + torch.rand(start.shape, generator=draw)),
     }
     found = {}
-    for (kind, factor), (name, make), eps in itertools.product(
-        factors.items(), MAKE.items(), (0.0, 1e-8)
-    ):
-        plain = follow(start, grads, lambda params: make(params, eps))  # noqa: B023
-        scaled = follow(start, grads * factor, lambda params: make(params, eps))  # noqa: B023
+    for (kind, factor), name, eps in itertools.product(factors.items(), MAKE, (0.0, 1e-8)):
+        plain = follow(start, grads, name, eps)
+        scaled = follow(start, grads * factor, name, eps)
         way = (plain - start).double().norm()
         found[f"{name}, eps {eps:g}, {kind}"] = {
             "share of parameters that differ": (plain != scaled).double().mean().item(),
@@ -93,9 +96,9 @@ def deep(data: Data, depth: int, epochs: int, seeds: int, decays: list[float]) -
     """Trains networks of `depth` hidden layers without normalization with AdamW and Adam with L2.
 
     Returns:
-        Of either, at its best decay: test error, spread (the ratio of the 95th to the 5th
-        percentile of the update sizes of all weights, in factors of ten), and the median update
-        size of each layer.
+        Of either, at its best decay: test error, share of the weights that stand still, of the
+        others the spread of the update sizes (the 95th percentile over the 5th, in factors of
+        ten), and the median update size of each layer.
     """
     stack = Stack(2 * len(decays), seeds, normalize=False, sizes=(64, *[32] * depth, 10))
     groups = stack.groups(weight_decay=decays + decays)
@@ -104,15 +107,17 @@ def deep(data: Data, depth: int, epochs: int, seeds: int, decays: list[float]) -
         "AdamW": FusedAdamW(groups[: len(decays)], lr=lr, decay="decoupled"),
         "Adam with L2": FusedAdam(groups[len(decays) :], lr=lr),
     }
-    train(stack, list(optimizers.values()), data, epochs, title=f"{depth} hidden layers")
+    for _ in train(stack, list(optimizers.values()), data, epochs, f"{depth} hidden layers"):
+        pass
     errors = 100 * stack.evaluate(data.test_images, data.test_labels)[1].view(2, -1, seeds)
     found = {}
     for error, (name, optimizer) in zip(errors, optimizers.items(), strict=True):
         best = int(error.mean(-1).argmin())
         layers = 2 * (depth + 1)
         weights = update_sizes(optimizer)[best * layers : (best + 1) * layers : 2]
-        sizes = torch.cat([weight.flatten() for weight in weights]).clamp_min(1e-8)
-        low, high = sizes.log10().quantile(torch.tensor([0.05, 0.95])).tolist()
+        sizes = torch.cat([weight.flatten() for weight in weights])
+        moving = sizes[sizes > STILL]
+        low, high = moving.log10().quantile(torch.tensor([0.05, 0.95])).tolist()
         mean, standard_error = mean_and_error(error[best].tolist())
         found[name] = {
             "best decay": decays[best],
@@ -121,7 +126,8 @@ def deep(data: Data, depth: int, epochs: int, seeds: int, decays: list[float]) -
             "test errors of all decays": error.mean(-1),
             "spread of update sizes in decades": high - low,
             "median update size by layer": [weight.median().item() for weight in weights],
-            "sizes": sizes,
+            "share of weights that stand still": 1 - len(moving) / len(sizes),
+            "sizes": moving,
         }
     return found
 
@@ -148,7 +154,7 @@ def main() -> None:
             spread = values["spread of update sizes in decades"]
             error = values["test error in percent"]
             axis.hist(
-                sizes.clamp(bins[0], bins[-1]).numpy(),
+                sizes.numpy(),
                 bins.numpy(),
                 density=True,
                 color=color,

@@ -38,27 +38,15 @@ def main() -> None:
     ):
         stack = Stack(len(schedules), seeds)
         groups = stack.groups(schedule=list(schedules.values()))
-        errors = []
-
-        def evaluate(epoch: int, stack: Stack = stack, errors: list[Any] = errors) -> None:
-            errors.append(100 * stack.evaluate(data.test_images, data.test_labels)[1])
-
-        train(stack, [optimizer(groups, **options)], data, epochs, evaluate, name)
+        errors = [
+            100 * stack.evaluate(data.test_images, data.test_labels)[1]
+            for _ in train(stack, [optimizer(groups, **options)], data, epochs, name)
+        ]
         for error, schedule in zip(torch.stack(errors).unbind(1), schedules, strict=True):
-            found = {end: mean_and_error(error[end - 1].tolist()) for end in ends}
-            # At any time one would take the network from the end of the last full cycle.
-            taken = (
-                [
-                    max((end for end in ends if end <= epoch), default=epoch)
-                    for epoch in range(1, epochs + 1)
-                ]
-                if schedule == "restarts"
-                else range(1, epochs + 1)
-            )
+            at_ends = [mean_and_error(error[end - 1].tolist()) for end in ends]
             numbers[f"{name}, {schedule}"] = {
-                "test error in percent at the ends of cycles": [found[end][0] for end in ends],
-                "standard errors": [found[end][1] for end in ends],
-                "mean over all epochs": error[[epoch - 1 for epoch in taken]].mean().item(),
+                "test error in percent at the ends of cycles": [mean for mean, _ in at_ends],
+                "standard errors": [standard_error for _, standard_error in at_ends],
             }
             axis.semilogy(range(1, epochs + 1), error.mean(-1), label=schedule)
         for end in ends:
