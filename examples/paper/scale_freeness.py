@@ -96,9 +96,8 @@ def deep(data: Data, depth: int, epochs: int, seeds: int, decays: list[float]) -
     """Trains networks of `depth` hidden layers without normalization with AdamW and Adam with L2.
 
     Returns:
-        Of either, at its best decay: test error, share of the weights that stand still, of the
-        others the spread of the update sizes (the 95th percentile over the 5th, in factors of
-        ten), and the median update size of each layer.
+        Of either, at its best decay: test error, share of the weights that stand still, and of the
+        others the spread of the update sizes (the 95th percentile over the 5th, in factors of ten).
     """
     stack = Stack(2 * len(decays), seeds, normalize=False, sizes=(64, *[32] * depth, 10))
     groups = stack.groups(weight_decay=decays + decays)
@@ -125,7 +124,6 @@ def deep(data: Data, depth: int, epochs: int, seeds: int, decays: list[float]) -
             "standard error": standard_error,
             "test errors of all decays": error.mean(-1),
             "spread of update sizes in decades": high - low,
-            "median update size by layer": [weight.median().item() for weight in weights],
             "share of weights that stand still": 1 - len(moving) / len(sizes),
             "sizes": moving,
         }
