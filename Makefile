@@ -7,10 +7,11 @@ CPP_FILES = $(shell find $(wildcard csrc tests bench) -name '*.cpp' -o -name '*.
 
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help demo test microbench bench bench-peers kernels gpu-suite lint format clean FORCE
+.PHONY: help demo paper test microbench bench bench-peers kernels gpu-suite lint format clean FORCE
 
 help:
 	@echo "make demo        train a small GPT next to torch.optim.AdamW (ARGS=... for train_gpt.py)"
+	@echo "make paper       the papers' experiments: numbers and pictures into docs/figures"
 	@echo "make test        run every test (ARGS=... for pytest)"
 	@echo "make bench       our engines and their peers side by side: a table and a picture"
 	@echo "                 (ARGS=... for bench: --quick, --help)"
@@ -24,6 +25,11 @@ help:
 
 demo: $(VENV)/built
 	$(BIN)/python examples/train_gpt.py $(ARGS)
+
+paper: $(VENV)/built $(VENV)/dev
+	for script in $(filter-out %/common.py,$(wildcard examples/paper/*.py)); do \
+	  $(BIN)/python $$script $(ARGS) || exit 1; \
+	done
 
 test: $(VENV)/built $(VENV)/dev
 	$(BIN)/python -m pytest $(ARGS)

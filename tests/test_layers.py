@@ -37,7 +37,7 @@ IMPORTS = {
     "fused_adamw/plot_schedule.py": r"(matplotlib|fused_adamw)(\..*)?",  # where it is installed
     "fused_adamw/**/*.py": r"(torch|numpy|triton|fused_adamw)(\..*)?",
     # Other projects at will, of ours the public names.
-    "examples/*.py": r"(?!fused_adamw\b|tests\b|bench\b).*",
+    "examples/**/*.py": r"(?!fused_adamw\b|tests\b|bench\b).*",
     "bench/**/*.py": r"(?!fused_adamw\b|tests\b|examples\b).*",
 }
 # The kernels that are described, and the launches that are counted, are no part of what users call.
@@ -83,7 +83,7 @@ def test_imports(pattern: str) -> None:
 
 def test_nothing_imports_examples_and_benchmarks() -> None:
     modules = {
-        path.stem for folder in ("examples", "bench") for path in ROOT.glob(f"{folder}/*.py")
+        path.stem for folder in ("examples", "bench") for path in ROOT.glob(f"{folder}/**/*.py")
     }
     for path in (*ROOT.glob("fused_adamw/**/*.py"), *ROOT.glob("triton_kernels/*.py")):
         for name in imported(path):
