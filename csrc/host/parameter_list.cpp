@@ -252,8 +252,7 @@ bool ParameterList::gather(const std::vector<const Hyperparameters*>& groups,
   const Route* route = nullptr;
   for (std::size_t i = 0; i < entries_.size(); ++i) {
     Entry& entry = entries_[i];
-    // Each count is an allocation of its own: without this the loop would wait for its cache line.
-    if (i + kPrefetch < entries_.size()) __builtin_prefetch(entries_[i + kPrefetch].step.memory);
+    if (i + kPrefetch < entries_.size()) prefetch(entries_[i + kPrefetch]);
     const auto grad = grads ? py::reinterpret_borrow<py::object>(item(*grads, i))
                             : py::reinterpret_steal<py::object>(read(entry.gradient, entry.param));
     if (!grad) throw py::error_already_set();
@@ -305,6 +304,14 @@ Position ParameterList::position(const Entry& entry) const {
          "has a state 'step' of " + std::to_string(steps) + "; accepted: a finite number >= 0");
   }
   return {static_cast<std::int64_t>(steps) + 1, scalar};
+}
+
+// What an entry points to lies in allocations of their own, for which the loop would wait.
+void ParameterList::prefetch(const Entry& entry) {
+  __builtin_prefetch(entry.step.memory);
+  __builtin_prefetch(entry.step.object);
+  __builtin_prefetch(entry.states_by_name);
+  for (int k = 0; k < entry.states; ++k) __builtin_prefetch(entry.state[k].object);
 }
 
 bool ParameterList::Route::fits(const Entry& entry, Dtype grad_dtype,

@@ -136,6 +136,7 @@ class ParameterList {
   bool same_strides(const Entry& entry, const dlpack::Tensor& tensor) const;
   bool unchanged(const Entry& entry) const;
   bool states_unchanged(const Entry& entry, bool is_held) const;
+  static void prefetch(const Entry& entry);
   Position position(const Entry& entry) const;
   void* read_gradient(const Entry& entry, PyObject* grad, Dtype& dtype);
   const Route& route_of(const Entry& entry, const Hyperparameters& group, Dtype grad_dtype,
