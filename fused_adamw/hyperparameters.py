@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import numbers
 import operator
-import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -63,20 +63,24 @@ def hyperparameters(rule: str, group: Mapping[str, Any]) -> _C.Hyperparameters:
         TypeError: a value of another type; the message names the argument.
         ValueError: a value out of range, or an unknown decay; likewise.
     """
-    values = {}
-    fields, _ = _C.RULES[rule]
-    for name, argument, kind in fields:
-        value = _element(argument, group)
-        values[name] = _CHECKS[kind](argument, value)
+    values = {
+        name: check(argument, group[key] if index is None else _pair(key, group[key])[index])
+        for name, argument, key, index, check in _plan(rule)
+    }
     return _C.Hyperparameters(rule, values)
 
 
-def _element(argument: str, group: Mapping[str, Any]) -> Any:
-    """The value of an argument: "lr", or "betas[0]", one of a pair."""
-    found = re.fullmatch(r"(\w+)\[(\d)\]", argument)
-    if found is None:
-        return group[argument]
-    pair = group[found[1]]
-    if not isinstance(pair, tuple | list) or len(pair) != 2:
-        raise TypeError(f"{found[1]}: found {pair!r}, accepted: two numbers")
-    return pair[int(found[2])]
+@functools.cache
+def _plan(rule: str) -> tuple[tuple[str, str, str, int | None, Callable[[str, Any], Any]], ...]:
+    """Of each field its name, its argument, the group's key and index there, and its check."""
+    plan = []
+    for name, argument, kind in _C.RULES[rule][0]:
+        key, _, index = argument.removesuffix("]").partition("[")  # "lr", or "betas[0]" of a pair
+        plan.append((name, argument, key, int(index) if index else None, _CHECKS[kind]))
+    return tuple(plan)
+
+
+def _pair(key: str, value: Any) -> Any:
+    if not isinstance(value, tuple | list) or len(value) != 2:
+        raise TypeError(f"{key}: found {value!r}, accepted: two numbers")
+    return value
