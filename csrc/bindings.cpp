@@ -7,11 +7,14 @@
 #include <optional>
 #include <string>
 #include <tuple>
+#include <unordered_map>
+#include <utility>
 #include <vector>
 
 #include "core/bucket.h"
 #include "core/float_environment.h"
 #include "core/planner.h"
+#include "core/square_sum.h"
 #include "cpu/engine.h"
 #include "cuda/engine.h"
 #include "cuda/launch_arguments.h"
@@ -38,23 +41,37 @@ const RuleInfo& rule_named(const std::string& name) {
 }
 
 double decay_number(const std::string& name) {
+  std::string accepted;
   for (int i = 0; i < kDecays; ++i) {
     if (name == kDecayNames[i]) return i;
+    accepted += std::string(i ? ", '" : "'") + kDecayNames[i] + "'";
   }
-  throw py::value_error("decay: found '" + name +
-                        "', accepted: 'lr', 'decoupled', 'l2', 'proximal'");
+  throw py::value_error("decay: found '" + name + "', accepted: " + accepted);
+}
+
+// The keys of a rule's values, made once: this is read whenever a learning rate changes.
+const std::vector<PyObject*>& keys_of(const RuleInfo& rule) {
+  static std::unordered_map<const RuleInfo*, std::vector<PyObject*>> known;
+  std::vector<PyObject*>& keys = known[&rule];
+  if (keys.empty()) {
+    for (const Field& field : rule.fields) keys.push_back(PyUnicode_InternFromString(field.name));
+  }
+  return keys;
 }
 
 host::Hyperparameters make_hyperparameters(const std::string& rule, const py::dict& values) {
   const RuleInfo& info = rule_named(rule);
+  const std::vector<PyObject*>& keys = keys_of(info);
   std::vector<double> numbers;
-  for (const Field& field : info.fields) {
-    if (!values.contains(field.name)) {
-      throw py::value_error("rule " + rule + ": '" + field.name + "' is missing");
+  numbers.reserve(keys.size());
+  for (std::size_t i = 0; i < keys.size(); ++i) {
+    const py::handle value = PyDict_GetItemWithError(values.ptr(), keys[i]);
+    if (!value) {
+      throw py::value_error("rule " + rule + ": '" + info.fields[i].name + "' is missing");
     }
-    const py::object value = values[field.name];
-    numbers.push_back(field.range == Range::kDecay ? decay_number(value.cast<std::string>())
-                                                   : value.cast<double>());
+    numbers.push_back(info.fields[i].range == Range::kDecay
+                          ? decay_number(value.cast<std::string>())
+                          : value.cast<double>());
   }
   if (values.size() != numbers.size()) throw py::value_error("rule " + rule + ": unknown values");
   return {info, std::move(numbers)};
@@ -99,6 +116,43 @@ py::array_t<std::int64_t> addresses(const Bucket& bucket) {
     for (int s = 0; s < slots; ++s) *out++ = reinterpret_cast<std::intptr_t>(tensor.slot[s]);
   }
   return values;
+}
+
+// Where the averages of the parameters begin; none in a bucket without.
+py::array_t<std::int64_t> emas(const Bucket& bucket) {
+  if (!bucket.has_ema) return py::array_t<std::int64_t>(0);
+  return column<std::int64_t>(
+      bucket, [](auto& tensor) { return reinterpret_cast<std::intptr_t>(tensor.ema); });
+}
+
+// A list's chunks by param group, kept beyond its next step.
+struct ChunkRuns {
+  std::vector<host::ChunkRun> runs;
+};
+
+double* doubles_at(std::intptr_t address) { return reinterpret_cast<double*>(address); }
+
+// Sums of chunks, `stride` columns in a row, folded for each of `groups` param groups.
+py::array_t<double> fold(std::intptr_t address, int stride,
+                         const ChunkRuns& runs, int groups) {
+  std::vector<std::vector<double>> of_group(static_cast<std::size_t>(groups));
+  py::array_t<double> folded({groups, stride});
+  const double* partials = doubles_at(address);
+  for (int column = 0; column < stride; ++column) {
+    for (auto& values : of_group) values.clear();
+    for (const host::ChunkRun& run : runs.runs) {
+      auto& values = of_group.at(static_cast<std::size_t>(run.group));
+      for (std::int64_t i = run.begin; i < run.begin + run.count; ++i) {
+        values.push_back(partials[i * stride + column]);
+      }
+    }
+    for (int g = 0; g < groups; ++g) {
+      const auto& values = of_group[static_cast<std::size_t>(g)];
+      folded.mutable_at(g, column) =
+          fold_chunks(values.data(), static_cast<std::int64_t>(values.size()));
+    }
+  }
+  return folded;
 }
 
 const char* name_of(Dtype dtype) { return kDtypeNames[static_cast<int>(dtype)]; }
@@ -172,6 +226,10 @@ PYBIND11_MODULE(_C, m) {
           },
           py::arg("t"), py::arg("scalar") = 0.0);
 
+  py::class_<ChunkRuns>(m, "ChunkRuns");
+  m.def("fold", &fold, py::arg("partials"), py::arg("columns"), py::arg("runs"),
+        py::arg("groups"));
+
   // The list of parameters, and what a step makes of it.
   m.def("use_exchange_api", &host::use_exchange_api, py::arg("capsule"));
   py::class_<Bucket>(m, "Bucket")
@@ -202,6 +260,14 @@ PYBIND11_MODULE(_C, m) {
       .def_property_readonly(
           "scalars",
           [](const Bucket& b) { return column<double>(b, [](auto& t) { return t.scalar; }); })
+      .def_property_readonly("chunks",
+                             [](const Bucket& b) {
+                               return column<std::int64_t>(b, [](auto& t) { return t.chunk; });
+                             })
+      .def_property_readonly("emas", &emas)
+      .def_readonly("zero_grads", &Bucket::zero_grads)
+      .def_property_readonly(
+          "observed", [](const Bucket& b) { return reinterpret_cast<std::intptr_t>(b.observed); })
       .def_property_readonly("coefficients", [](const Bucket& b) {
         py::array_t<float> values(
             {static_cast<py::ssize_t>(b.rows()), static_cast<py::ssize_t>(b.coefficients_per_row)});
@@ -219,25 +285,48 @@ PYBIND11_MODULE(_C, m) {
         };
       }))
       .def(py::init([](py::list params, py::list states, py::list names, py::list counts,
-                       py::list scalars, py::list fresh, py::list active, py::list groups,
-                       py::list labels, py::object restride, py::object increment_version) {
-             for (const py::list& list :
-                  {states, names, counts, scalars, fresh, active, groups, labels}) {
+                       py::list scalars, py::list fresh, py::list averages, py::list unaveraged,
+                       py::list active, py::list groups, py::list labels, py::object restride,
+                       py::object increment_version) {
+             for (const py::list& list : {states, names, counts, scalars, fresh, averages,
+                                          unaveraged, active, groups, labels}) {
                if (list.size() != params.size()) {
                  throw py::value_error("lists of one registration differ in length");
                }
              }
              return std::make_unique<host::ParameterList>(
-                 host::Registration{params, states, names, counts, scalars, fresh, active, groups,
-                                    labels, restride, increment_version});
+                 host::Registration{params, states, names, counts, scalars, fresh, averages,
+                                    unaveraged, active, groups, labels, restride,
+                                    increment_version});
            }),
            py::kw_only(), py::arg("params"), py::arg("states"), py::arg("names"), py::arg("counts"),
-           py::arg("scalars"), py::arg("fresh"), py::arg("active"), py::arg("groups"),
-           py::arg("labels"), py::arg("restride"), py::arg("increment_version"))
+           py::arg("scalars"), py::arg("fresh"), py::arg("averages"), py::arg("unaveraged"),
+           py::arg("active"), py::arg("groups"), py::arg("labels"), py::arg("restride"),
+           py::arg("increment_version"))
       .def("remember", &host::ParameterList::remember, py::arg("param_lists"), py::arg("states"))
       .def("matches", &host::ParameterList::matches, py::arg("param_lists"), py::arg("states"))
-      .def("gather", &host::ParameterList::gather, py::arg("groups"), py::arg("grads") = py::none(),
-           py::arg("is_state_held") = false)
+      .def(
+          "gather",
+          [](host::ParameterList& list, const std::vector<const host::Hyperparameters*>& groups,
+             const std::optional<py::list>& grads, bool is_state_held, double ema_weight,
+             bool zero_grads) {
+            return list.gather(groups, grads, is_state_held,
+                               {static_cast<float>(ema_weight), zero_grads});
+          },
+          py::arg("groups"), py::arg("grads") = py::none(), py::arg("is_state_held") = false,
+          py::arg("ema_weight") = 1.0, py::arg("zero_grads") = false)
+      .def_property_readonly("chunks", &host::ParameterList::chunks)
+      .def_property_readonly("zeroed", &host::ParameterList::zeroed)
+      .def_property_readonly("restrided", &host::ParameterList::restrided)
+      .def_property_readonly("chunk_runs",
+                             [](const host::ParameterList& list) {
+                               return std::make_unique<ChunkRuns>(ChunkRuns{list.chunk_runs()});
+                             })
+      .def("set_grad_factor", &host::ParameterList::set_grad_factor, py::arg("factor"))
+      .def("set_observed", [](host::ParameterList& list,
+                              std::intptr_t address) { list.set_observed(doubles_at(address)); },
+           py::arg("address"))
+      .def("release", &host::ParameterList::release)
       .def("let_go", &host::ParameterList::let_go)
       .def("buckets", &host::ParameterList::buckets, py::return_value_policy::reference_internal)
       .def("commit", &host::ParameterList::commit, py::arg("bucket"));
@@ -264,6 +353,19 @@ PYBIND11_MODULE(_C, m) {
       },
       py::arg("bucket"), py::arg("threads"), py::arg("level") = py::none());
 
+  m.def(
+      "square_sums_cpu",
+      [](const Bucket& bucket, std::intptr_t partials, int threads,
+         const std::optional<std::string>& level) {
+        require_cpu(bucket);
+        const cpu::SimdLevel simd = level ? simd_level_of(*level) : cpu::best_simd_level();
+        const py::gil_scoped_release release;
+        cpu::square_sums(bucket, doubles_at(partials), threads, simd);
+      },
+      py::arg("bucket"), py::arg("partials"), py::arg("threads"), py::arg("level") = py::none());
+  m.attr("OBSERVED") = kObserved;
+  m.def("clip_coefficient", &clip_coefficient, py::arg("norm"), py::arg("max_norm"));
+
   // The CUDA engine.
 #if defined(FUSED_ADAMW_CUDA)
   m.attr("CUDA_BUILT") = true;
@@ -280,6 +382,13 @@ PYBIND11_MODULE(_C, m) {
         return cuda::update(bucket, bucket.stream);
       },
       py::arg("bucket"));
+  m.def(
+      "square_sums_cuda",
+      [](const Bucket& bucket, std::intptr_t partials) {
+        const py::gil_scoped_release release;
+        cuda::square_sums(bucket, doubles_at(partials), bucket.stream);
+      },
+      py::arg("bucket"), py::arg("partials"));
 #else
   m.attr("CUDA_BUILT") = false;
   m.attr("CUDA_ARCHS") = "";
@@ -293,8 +402,16 @@ PYBIND11_MODULE(_C, m) {
         cuda::update_on_host(bucket);
       },
       py::arg("bucket"));
+  m.def(
+      "square_sums_cuda_on_host",
+      [](const Bucket& bucket, std::intptr_t partials) {
+        require_cpu(bucket);
+        const py::gil_scoped_release release;
+        cuda::square_sums_on_host(bucket, doubles_at(partials));
+      },
+      py::arg("bucket"), py::arg("partials"));
   m.def("count_cuda_launches", &cuda::count_launches, py::arg("bucket"));
-  m.attr("CUDA_CHUNK") = cuda::kChunk;
+  m.attr("CHUNK") = kChunk;
 
   // The planner, for tests: it cuts sizes that no test could allocate.
   m.def("plan_launches", &plan_launches_for_tests, py::arg("numels"), py::arg("rows"),

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-import torch
 from torch import Tensor
+from typing_extensions import Unpack
 
-from fused_adamw.optimizer import FusedOptimizer, decay_of_flag
-from fused_adamw.schedules import Schedule
+from fused_adamw.optimizer import FusedOptimizer, Options, decay_of_flag
 
 
 class FusedAdamW(FusedOptimizer):
@@ -52,14 +51,9 @@ class FusedAdamW(FusedOptimizer):
         capturable: accepted and kept for checkpoints; a step under CUDA graph capture is refused.
         differentiable: must be False: the update is not recorded by autograd.
         fused: accepted and kept for checkpoints; every engine is fused.
-        engine: ``"auto"`` (``"cpu"`` for host memory; ``"cuda"``, else ``"triton"``, on a GPU) or
-            one of ``"cpu"``, ``"cuda"``, ``"triton"``, ``"reference"``.
         decay: the convention of weight decay, one of the four above. One for all groups of a
             checkpoint; kept in it.
-        schedule_multiplier: eta, >= 0; a value of the param group, which may be set at any time.
-        schedule: one of `fused_adamw.schedules`, which sets eta before every step by the number of
-            steps taken; both are kept in checkpoints. A group may have its own.
-        state_dtype: dtype of the states; by default the parameter's.
+        options: those of every optimizer; see `FusedOptimizer`.
 
     Raises:
         ValueError: a value out of range, an unknown engine or decay, no or repeated parameters.
@@ -85,11 +79,8 @@ class FusedAdamW(FusedOptimizer):
         capturable: bool = False,
         differentiable: bool = False,
         fused: bool | None = None,
-        engine: str = "auto",
         decay: str = "lr",
-        schedule_multiplier: float = 1.0,
-        schedule: Schedule | None = None,
-        state_dtype: torch.dtype | None = None,
+        **options: Unpack[Options],
     ) -> None:
         if isinstance(lr, Tensor) and lr.numel() != 1:
             raise ValueError(
@@ -108,11 +99,8 @@ class FusedAdamW(FusedOptimizer):
             "fused": fused,
             "decoupled_weight_decay": decay != "l2",
             "decay": decay,
-            "schedule_multiplier": schedule_multiplier,
-            "schedule": schedule,
-            "schedule_step": 0,
         }
-        super().__init__(params, defaults, engine=engine, state_dtype=state_dtype)
+        super().__init__(params, defaults, **options)
 
     def _torch_decay(self, group: dict[str, Any]) -> str:
         return "l2" if group["decay"] == "l2" else "lr"  # Adam's or AdamW's: they look the same

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 import sys
 from abc import abstractmethod
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from itertools import chain
-from typing import Any, TypeVar, overload
+from typing import Any, TypedDict, TypeVar, overload
 
 import torch
 from torch import Tensor
@@ -22,11 +23,18 @@ from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimize
 from fused_adamw import _C, checks
 from fused_adamw.engines import check_engine
 from fused_adamw.hyperparameters import group_keys, hyperparameters, values_of
+from fused_adamw.measurements import GroupTelemetry, Measurements
 from fused_adamw.registration import Member, RegisteredList
 from fused_adamw.schedules import Schedule, from_description
 from fused_adamw.weight_decay import convert_weight_decay
+from fused_adamw.whole_step import EMA, Outcome, StepOptions, one_number
 
 PARAM_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# Attributes that copies and pickles keep, beside what torch keeps.
+_KEPT = (
+    *("engine", "state_dtype", "max_grad_norm", "skip_nonfinite", "norm_process_groups"),
+    *("ema_decay", "zero_grads", "collect_telemetry"),
+)
 _PLAIN = frozenset({float, int, bool, str, type(None)})
 _PLAIN_OR_TUPLE = _PLAIN | {tuple}
 _OWN_REFERENCES = 2  # the attribute's and the call's
@@ -37,11 +45,57 @@ Loss = TypeVar("Loss")
 States = defaultdict[Tensor, dict[str, Any]]
 
 
+class Options(TypedDict, total=False):
+    """The keywords of `FusedOptimizer` that every optimizer takes beside its own."""
+
+    engine: str
+    schedule_multiplier: float
+    schedule: Schedule | None
+    state_dtype: torch.dtype | None
+    max_grad_norm: float | None
+    skip_nonfinite: bool
+    norm_process_groups: Sequence[Any]
+    ema_decay: float | None
+    zero_grads: bool
+    telemetry: bool
+
+
 class FusedOptimizer(Optimizer):
     """An optimizer whose step is one pass over all its parameters by one of the engines.
 
     A subclass names its rule and the states that it keeps. States are created, like torch's, when a
     parameter first has a gradient.
+
+    `torch.amp.GradScaler` needs nothing of its user: the step reads ``grad_scale`` and
+    ``found_inf``, which the scaler sets, divides gradients by the former as it reads them, and does
+    nothing at all after an overflow. Gradients in memory stay scaled (call ``scaler.unscale_``
+    first where they are wanted; they are not unscaled twice).
+
+    Args:
+        params: tensors, (name, tensor) pairs or param groups; float32, bfloat16 or float16, dense
+            in any order of dimensions.
+        defaults: the rule's values of a param group.
+        engine: ``"auto"`` (``"cpu"`` for host memory; ``"cuda"``, else ``"triton"``, on a GPU) or
+            one of ``"cpu"``, ``"cuda"``, ``"triton"``, ``"reference"``.
+        schedule_multiplier: eta, >= 0; a value of the param group, which may be set at any time.
+        schedule: one of `fused_adamw.schedules`, which sets eta before every step by the number of
+            steps taken; both are kept in checkpoints. A group may have its own.
+        state_dtype: dtype of the states; by default the parameter's.
+        max_grad_norm: > 0. Gradients, unscaled, are shrunk as by
+            `torch.nn.utils.clip_grad_norm_` over all param groups, where they are read: memory
+            keeps them as they are. The norm is in `grad_norm`.
+        skip_nonfinite: whether a step whose norm is not finite does nothing, as after an overflow.
+        norm_process_groups: the squared norm is summed over the ranks of each of these groups, one
+            after the other, where each rank has a part of the gradients.
+        ema_decay: in [0, 1): an exponential moving average of the parameters is kept in float32,
+            with the numbers of `torch.optim.swa_utils.AveragedModel` and ``get_ema_multi_avg_fn``:
+            it begins as a copy after the first step. A parameter without a gradient keeps its
+            average. See `swap_ema`.
+        zero_grads: whether gradients are zeroed once they have been read, after an overflow too.
+        telemetry: whether steps are observed; see `telemetry`.
+
+    The options from ``max_grad_norm`` on are attributes too, ``telemetry`` as
+    ``collect_telemetry``, and may be changed between steps.
     """
 
     # How the extension calls the rule.
@@ -51,6 +105,10 @@ class FusedOptimizer(Optimizer):
     _known_states: frozenset[str]
     # Whether a parameter's state has the number of steps it has taken, as "step".
     _counts = True
+    # What torch.amp.GradScaler looks for, and what it sets around a step.
+    _step_supports_amp_scaling = True
+    grad_scale: Tensor | None
+    found_inf: Tensor
     # What reads the values of a group that make its hyperparameters, as a tuple.
     _values: Callable[[dict[str, Any]], tuple[Any, ...]]
 
@@ -64,8 +122,16 @@ class FusedOptimizer(Optimizer):
         params: Iterable[Any],
         defaults: dict[str, Any],
         *,
-        engine: str,
-        state_dtype: torch.dtype | None,
+        engine: str = "auto",
+        schedule_multiplier: float = 1.0,
+        schedule: Schedule | None = None,
+        state_dtype: torch.dtype | None = None,
+        max_grad_norm: float | None = None,
+        skip_nonfinite: bool = False,
+        norm_process_groups: Sequence[Any] = (),
+        ema_decay: float | None = None,
+        zero_grads: bool = False,
+        telemetry: bool = False,
     ) -> None:
         check_engine(engine)
         if state_dtype is not None and state_dtype not in PARAM_DTYPES:
@@ -74,14 +140,30 @@ class FusedOptimizer(Optimizer):
         self.state_dtype = state_dtype
         self._registered: RegisteredList | None = None
         self._known: dict[int, tuple[tuple[Any, ...], _C.Hyperparameters]] = {}
+        self.max_grad_norm = max_grad_norm
+        self.skip_nonfinite = skip_nonfinite
+        self.norm_process_groups = tuple(norm_process_groups)
+        self.ema_decay = ema_decay
+        self.zero_grads = zero_grads
+        self.collect_telemetry = telemetry
+        self._swapped = False
+        self._measurements = Measurements()
+        self._step_options()
+        defaults = {
+            **defaults,
+            "schedule_multiplier": schedule_multiplier,
+            "schedule": schedule,
+            "schedule_step": 0,
+        }
         super().__init__(params, defaults)
 
     def _hyperparameters(self, group: dict[str, Any]) -> _C.Hyperparameters:
         """The values of a group, checked."""
-        if group.get(_FLAG, self._decouples(group)) != self._decouples(group):
+        decouples = self._decouples(group)
+        if group.get(_FLAG, decouples) != decouples:
             raise ValueError(
                 f"{_FLAG}: found {group[_FLAG]!r} beside decay {group['decay']!r}, accepted: "
-                f"{self._decouples(group)}, or only one of them"
+                f"{decouples}, or only one of them"
             )
         schedule = group["schedule"]
         if schedule is not None and not isinstance(schedule, Schedule):
@@ -225,6 +307,10 @@ class FusedOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        options = self._step_options()
+        if "found_inf" in self.__dict__ and one_number("found_inf", self.found_inf):
+            self._zero_unread_grads(options)
+            return loss
         former: list[tuple[dict[str, Any], Any]] = []
         for group in self.param_groups:
             if group["schedule"] is not None:
@@ -233,19 +319,94 @@ class FusedOptimizer(Optimizer):
         try:
             current = [self._current(index) for index in range(len(self.param_groups))]
             registered = self._registered
+            outcome = Outcome.STALE
             if (
-                registered is None
-                or not registered.native.matches(self._param_lists(), self._state)
-                or not registered.step(current, is_state_held=self._is_state_held())
+                registered is not None
+                and registered.averages is (options.ema_decay is not None)
+                and registered.native.matches(self._param_lists(), self._state)
             ):
-                self._register_and_step(current)
+                outcome = registered.step(
+                    current,
+                    is_state_held=self._is_state_held(),
+                    options=options,
+                    measurements=self._measurements,
+                )
+            if outcome is Outcome.STALE:
+                outcome = self._register_and_step(current, options)
         except BaseException:
-            for group, multiplier in former:
-                group["schedule_multiplier"] = multiplier
+            _restore(former)
             raise
+        if outcome is Outcome.SKIPPED:
+            _restore(former)
+            return loss
         for group in self.param_groups:
             group["schedule_step"] += 1
         return loss
+
+    def _step_options(self) -> StepOptions:
+        """What this step does beside its rule, checked."""
+        if self._swapped:
+            raise RuntimeError("step: found the averages in the parameters' place (swap_ema)")
+        scale = self.__dict__.get("grad_scale")
+        values = (
+            self.max_grad_norm,
+            self.skip_nonfinite,
+            self.ema_decay,
+            self.zero_grads,
+            self.collect_telemetry,
+            self.norm_process_groups,
+            1.0 if scale is None else one_number("grad_scale", scale),
+        )
+        known: tuple[tuple[Any, ...], StepOptions] | None = self.__dict__.get("_known_options")
+        if known is None or known[0] != values:
+            known = self._known_options = values, StepOptions(*values).check()
+        return known[1]
+
+    def _zero_unread_grads(self, options: StepOptions) -> None:
+        if not options.zero_grads:
+            return
+        grads = [p.grad for group in self.param_groups for p in group["params"]]
+        torch._foreach_zero_([grad for grad in grads if grad is not None])
+
+    @property
+    def grad_norm(self) -> Tensor | None:
+        """The norm of all gradients, unscaled, of the last step that measured it: float32 [].
+
+        Measured with ``max_grad_norm`` or ``skip_nonfinite``; None before.
+        """
+        return self._measurements.grad_norm
+
+    def telemetry(self) -> list[GroupTelemetry] | None:
+        """What the last step with ``telemetry=True`` did to each param group; None before.
+
+        The host waits for the step.
+        """
+        return self._measurements.telemetry()
+
+    @contextlib.contextmanager
+    def swap_ema(self) -> Iterator[None]:
+        """Within this scope the parameters have the values of their averages, for an evaluation.
+
+        Float32 parameters change places with their averages; others get them rounded. Parameters
+        without an average stay as they are.
+
+        Raises:
+            RuntimeError: within another such scope, or where there are no averages.
+        """
+        averaged = [
+            (param, state[EMA]) for param, state in self._state.items() if EMA in state
+        ]
+        if self._swapped or not averaged:
+            found = "the averages in place already" if self._swapped else "no averages"
+            raise RuntimeError(f"swap_ema: found {found}, accepted: after a step with ema_decay")
+        self._swapped = True
+        kept = [_exchange(param, ema) for param, ema in averaged]
+        try:
+            yield
+        finally:
+            for (param, ema), values in zip(averaged, kept, strict=True):
+                _exchange_back(param, ema, values)
+            self._swapped = False
 
     def _follow_schedules(self) -> list[tuple[dict[str, Any], Any]]:
         """Sets eta in the groups that have a schedule; returns them with what it was."""
@@ -311,21 +472,44 @@ class FusedOptimizer(Optimizer):
     def _param_lists(self) -> list[list[Tensor]]:
         return [group["params"] for group in self.param_groups]
 
-    def _register_and_step(self, current: list[_C.Hyperparameters]) -> None:
+    def _register_and_step(
+        self, current: list[_C.Hyperparameters], options: StepOptions
+    ) -> Outcome:
         """Steps over a new registration, which is kept for the steps that follow."""
         new: list[tuple[Tensor, bool]] = []  # and whether it had an empty state
+        new_averages: list[Tensor] = []  # of parameters that had a state
         registered = None
+        averages = options.ema_decay is not None
+        begins = averages and not any(EMA in state for state in self._state.values())
+
+        def undo() -> None:
+            for param in new_averages:
+                if registered is None or not registered.has_stepped(param):
+                    del self._state[param][EMA]
+            for param, had_state in new:
+                if registered is not None and registered.has_stepped(param):
+                    continue  # an engine failed later
+                self._state[param].clear()
+                if not had_state:
+                    del self._state[param]
+
         try:
             members: list[Member] = []
             for index, group in enumerate(self.param_groups):
                 names = self._state_names(group)
-                stateless = not names and not self._counts and self._scalar is None
+                stateless = not (names or self._counts or self._scalar or averages)
                 for i, param in enumerate(group["params"]):
-                    fresh = False
-                    if param.grad is not None and not stateless and not self._state.get(param):
-                        new.append((param, param in self._state))
-                        self._state[param].update(self._initial_state(param, group))
-                        fresh = True
+                    fresh = unaveraged = False
+                    if param.grad is not None and not stateless:
+                        if not self._state.get(param):
+                            new.append((param, param in self._state))
+                            self._state[param].update(self._initial_state(param, group))
+                            fresh = True
+                        if averages and EMA not in self._state[param]:
+                            if not fresh:
+                                new_averages.append(param)
+                            self._state[param][EMA] = _initial_average(param)
+                            unaveraged = begins
                     members.append(
                         Member(
                             param,
@@ -336,22 +520,25 @@ class FusedOptimizer(Optimizer):
                             counts=self._counts,
                             scalar=self._scalar,
                             fresh=fresh,
+                            averaged=averages and EMA in self._state.get(param, ()),
+                            unaveraged=unaveraged,
                             active=param.requires_grad or param.grad is not None,
                         )
                     )
-            registered = RegisteredList(members, self.engine)
-            if not registered.step(current):
+            registered = RegisteredList(members, self.engine, averages)
+            outcome = registered.step(current, options=options, measurements=self._measurements)
+            if outcome is Outcome.STALE:
                 raise RuntimeError("a tensor was given other memory while the step was under way")
         except BaseException:
-            for param, had_state in new:
-                if registered is not None and registered.has_stepped(param):
-                    continue  # an engine failed later
-                self._state[param].clear()
-                if not had_state:
-                    del self._state[param]
+            undo()
             raise
+        if outcome is Outcome.SKIPPED and (new or new_averages):
+            undo()  # its first step is still to come
+            self._registered = None
+            return outcome
         registered.native.remember(self._param_lists(), self._state)
         self._registered = registered
+        return outcome
 
     def _initial_state(self, param: Tensor, group: dict[str, Any]) -> dict[str, Any]:
         state: dict[str, Any] = {}
@@ -508,10 +695,11 @@ class FusedOptimizer(Optimizer):
         self, where: str, param: Tensor, names: tuple[str, ...], saved: dict[str, Any]
     ) -> dict[str, Any]:
         needed = {*names, *(["step"] if self._counts else [])}
+        known = needed | self._known_states | {EMA}
         if self._scalar is not None:
             needed.add(self._scalar)
         found = set(saved)
-        if not needed <= found <= needed | self._known_states:
+        if not needed <= found <= known:
             raise ValueError(
                 f"{where} is of another algorithm than {type(self).__name__}: "
                 f"found states {sorted(found)}, accepted: {sorted(needed)}"
@@ -524,20 +712,50 @@ class FusedOptimizer(Optimizer):
                 state[name] = _loaded_scalar(where, name, value, torch.float64)
             else:
                 _check_loaded(f"{where}: '{name}'", value, param)
-                state[name] = value.detach().to(
-                    device=param.device, dtype=self.state_dtype or param.dtype, copy=True
-                )
+                dtype = torch.float32 if name == EMA else self.state_dtype or param.dtype
+                state[name] = value.detach().to(device=param.device, dtype=dtype, copy=True)
         return state
 
     # --- Pickling and copying --------------------------------------------------------------------
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "engine": self.engine, "state_dtype": self.state_dtype}
+        return {**super().__getstate__(), **{name: getattr(self, name) for name in _KEPT}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._registered = None
         self._known = {}
+        if "_measurements" not in self.__dict__:  # a copy
+            self._measurements = Measurements()
+            self._swapped = False
+
+
+def _restore(former: list[tuple[dict[str, Any], Any]]) -> None:
+    for group, multiplier in former:
+        group["schedule_multiplier"] = multiplier
+
+
+def _initial_average(param: Tensor) -> Tensor:
+    return param.detach().to(torch.float32, copy=True, memory_format=torch.preserve_format)
+
+
+@torch.no_grad()
+def _exchange(param: Tensor, ema: Tensor) -> Tensor | None:
+    """Puts the average in the parameter's place; returns what the average has no room for."""
+    former = param.clone()
+    param.copy_(ema)
+    if param.dtype != ema.dtype:
+        return former
+    ema.copy_(former)
+    return None
+
+
+@torch.no_grad()
+def _exchange_back(param: Tensor, ema: Tensor, former: Tensor | None) -> None:
+    if former is None:
+        _exchange(param, ema)
+    else:
+        param.copy_(former)
 
 
 def decay_of_flag(decoupled: bool, decay: str | None = None) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 import threading
 import weakref
 from collections.abc import Sequence
@@ -13,7 +14,9 @@ import torch
 from torch import Tensor
 
 from fused_adamw import _C
-from fused_adamw.engines import Run, engine_for
+from fused_adamw.engines import Engine, engine_for
+from fused_adamw.measurements import Measurements
+from fused_adamw.whole_step import EMA, PLAIN, Outcome, StepOptions
 
 _CUDA = 2  # DLPack's code
 
@@ -60,6 +63,8 @@ class Member:
         counts: whether it has a "step", the number of steps taken.
         scalar: the key of the number that the rule carries from step to step, if it carries one.
         fresh: whether the state has been created for this step.
+        averaged: whether the state has the average of the parameter.
+        unaveraged: whether that begins with the next step.
         active: whether it can have a gradient; what cannot may be of any kind.
         group: index of its param group.
         label: how messages call it.
@@ -73,6 +78,8 @@ class Member:
     counts: bool = True
     scalar: str | None = None
     fresh: bool = False
+    averaged: bool = False
+    unaveraged: bool = False
     active: bool = True
 
 
@@ -88,12 +95,13 @@ class RegisteredList:
 
     members: Sequence[Member]
     engine: str
+    averages: bool = False  # whether it has averages of its parameters
     native: _C.ParameterList = field(init=False)
     # Addresses of the parameters that a step updated before an engine failed. Not the buckets: they
     # keep the extension's list alive, unseen by Python's cycle collector.
     _stepped: frozenset[int] = field(init=False, default=frozenset())
     _lock: threading.Lock = field(init=False, default_factory=threading.Lock)
-    _runs: dict[tuple[int, int], Run] = field(init=False, default_factory=dict)
+    _engines: dict[tuple[int, int], Engine] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
         self.native = _C.ParameterList(
@@ -103,6 +111,8 @@ class RegisteredList:
             counts=[member.counts for member in self.members],
             scalars=[member.scalar for member in self.members],
             fresh=[member.fresh for member in self.members],
+            averages=[EMA if member.averaged else None for member in self.members],
+            unaveraged=[member.unaveraged for member in self.members],
             active=[member.active for member in self.members],
             groups=[member.group for member in self.members],
             labels=[member.label for member in self.members],
@@ -117,13 +127,17 @@ class RegisteredList:
         grads: list[Tensor | None] | None = None,
         *,
         is_state_held: bool = False,
-    ) -> bool:
-        """Updates every parameter that has a gradient; false, with nothing done, if out of date.
+        options: StepOptions = PLAIN,
+        measurements: Measurements | None = None,
+    ) -> Outcome:
+        """Updates every parameter that has a gradient; nothing is done to a list out of date.
 
         Args:
             hyperparameters: of each group.
             grads: the gradients; by default those of the parameters.
             is_state_held: whether someone else can reach the states, and may have moved them.
+            options: what is done beside the rule.
+            measurements: where what is measured goes.
 
         Raises:
             TypeError, ValueError, RuntimeError: for a gradient that cannot be used, naming the
@@ -131,33 +145,71 @@ class RegisteredList:
                 before have been stepped and counted.
         """
         with self._lock:  # another thread's step would take the buckets from under an engine
-            if not self.native.gather(hyperparameters, grads, is_state_held):
-                return False
-            buckets = self.native.buckets()
-            runs = [self._run(bucket) for bucket in buckets]
-            done = 0
             try:
-                for run, bucket in zip(runs, buckets, strict=True):
-                    run(bucket, hyperparameters)
-                    self.native.commit(bucket)
-                    done += 1
-            except BaseException:
-                stepped = (bucket.addresses[:, 0] for bucket in buckets[:done])
-                self._stepped = frozenset(int(x) for column in stepped for x in column)
-                raise
-        return True
+                if not self.native.gather(
+                    hyperparameters,
+                    grads,
+                    is_state_held,
+                    options.ema_weight,
+                    options.zero_grads,
+                ):
+                    return Outcome.STALE
+                return self._update(hyperparameters, options, measurements or Measurements())
+            finally:
+                self.native.release()
+
+    def _update(
+        self,
+        hyperparameters: Sequence[_C.Hyperparameters],
+        options: StepOptions,
+        measurements: Measurements,
+    ) -> Outcome:
+        buckets = self.native.buckets()
+        engines = [self._engine(bucket) for bucket in buckets]
+        coefficient = 1.0
+        if options.measures_norm:
+            norm = measurements.measure_norm(
+                self.native, engines, buckets, len(hyperparameters), options
+            )
+            if options.skip_nonfinite and not math.isfinite(norm):
+                if options.zero_grads:
+                    torch._foreach_zero_(self.native.zeroed)
+                return Outcome.SKIPPED
+            if options.max_grad_norm is not None:
+                coefficient = _C.clip_coefficient(norm, options.max_grad_norm)
+        factor = coefficient / options.grad_scale
+        if factor != 1.0:
+            self.native.set_grad_factor(factor)
+        if options.telemetry:
+            measurements.observe(self.native, buckets, len(hyperparameters), options.grad_scale)
+        done = 0
+        try:
+            for engine, bucket in zip(engines, buckets, strict=True):
+                engine.update(bucket, hyperparameters)
+                self.native.commit(bucket)
+                done += 1
+        except BaseException:
+            stepped = (bucket.addresses[:, 0] for bucket in buckets[:done])
+            self._stepped = frozenset(int(x) for column in stepped for x in column)
+            raise
+        if options.zero_grads:
+            if self.native.restrided:
+                torch._foreach_zero_(self.native.restrided)
+            torch.autograd.graph.increment_version(self.native.zeroed)
+        return Outcome.DONE
 
     def has_stepped(self, param: Tensor) -> bool:
         """Whether a step that failed had already updated a parameter."""
         return param.data_ptr() in self._stepped
 
-    def _run(self, bucket: _C.Bucket) -> Run:
+    def _engine(self, bucket: _C.Bucket) -> Engine:
         if bucket.device_type == _CUDA and torch.cuda.is_current_stream_capturing():
             raise RuntimeError(
                 "step() under CUDA graph capture is not supported: its step count and "
                 "learning rate are host values that a replay would repeat"
             )
         device = bucket.device_type, bucket.device_index
-        if device not in self._runs:
-            self._runs[device] = engine_for(self.engine, bucket)
-        return self._runs[device]
+        if device not in self._engines:
+            self._engines[device] = engine_for(self.engine, bucket)
+        return self._engines[device]
+

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-import torch
 from torch import Tensor
+from typing_extensions import Unpack
 
-from fused_adamw.optimizer import FusedOptimizer
-from fused_adamw.schedules import Schedule
+from fused_adamw.optimizer import FusedOptimizer, Options
 
 
 class FusedRMSprop(FusedOptimizer):
@@ -41,11 +40,8 @@ class FusedRMSprop(FusedOptimizer):
         foreach: accepted and kept for checkpoints; every engine works on the whole list at once.
         maximize: whether to go up the gradient.
         differentiable: must be False: the update is not recorded by autograd.
-        engine: see `FusedAdamW`.
         decay: the convention of weight decay, one of the four of `FusedAdamW`; torch's is "l2".
-        schedule_multiplier: eta, >= 0.
-        schedule: what sets eta before every step; see `FusedAdamW`.
-        state_dtype: dtype of the states; by default the parameter's.
+        options: those of every optimizer; see `FusedOptimizer`.
 
     Raises:
         ValueError, TypeError, RuntimeError: as `FusedAdamW`.
@@ -69,11 +65,8 @@ class FusedRMSprop(FusedOptimizer):
         maximize: bool = False,
         differentiable: bool = False,
         *,
-        engine: str = "auto",
         decay: str = "l2",
-        schedule_multiplier: float = 1.0,
-        schedule: Schedule | None = None,
-        state_dtype: torch.dtype | None = None,
+        **options: Unpack[Options],
     ) -> None:
         defaults = {
             "lr": lr,
@@ -87,11 +80,8 @@ class FusedRMSprop(FusedOptimizer):
             "capturable": capturable,
             "differentiable": differentiable,
             "decay": decay,
-            "schedule_multiplier": schedule_multiplier,
-            "schedule": schedule,
-            "schedule_step": 0,
         }
-        super().__init__(params, defaults, engine=engine, state_dtype=state_dtype)
+        super().__init__(params, defaults, **options)
 
     def _state_names(self, group: dict[str, Any]) -> tuple[str, ...]:
         centered = ("grad_avg",) if group["centered"] else ()

@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property, partial
+from functools import cached_property
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from fused_adamw import _C, reference
-from fused_adamw.engines import Run, engine_for
+from fused_adamw.engines import Engine, engine_for
 from fused_adamw.engines.triton import interpreted, unavailable_reason
 from fused_adamw.registration import Member, RegisteredList
 
@@ -438,11 +438,11 @@ class State:
         assert self.registered.native.gather(hyperparameters, grads)
         return hyperparameters
 
-    def step(self, run: Run, groups: Sequence[Group] | None = None) -> None:
+    def step(self, engine: Engine, groups: Sequence[Group] | None = None) -> None:
         """One step by an engine; `groups` replaces the problem's hyperparameters."""
         hyperparameters = self.gather(groups)
         for bucket in self.registered.native.buckets():
-            run(bucket, hyperparameters)
+            engine.update(bucket, hyperparameters)
             self.registered.native.commit(bucket)
         self.taken += 1
 
@@ -533,27 +533,33 @@ _LEVELS = ("baseline", "avx2", "avx512")
 SIMD_LEVELS = _LEVELS[: _LEVELS.index(_C.simd_level()) + 1]
 
 
-def _run_cpu(level: str, threads: int, bucket: _C.Bucket, hyperparameters: object) -> None:
-    _C.update_cpu(bucket, threads, level)
+def _cpu(level: str, threads: int) -> Engine:
+    return Engine(
+        lambda bucket, hyperparameters: _C.update_cpu(bucket, threads, level),
+        lambda bucket, sums: _C.square_sums_cpu(bucket, sums.data_ptr(), threads, level),
+    )
 
 
-def by_name(name: str) -> Run:
+def by_name(name: str) -> Engine:
     """The engine that users call by this name."""
-    return lambda bucket, hyperparameters: engine_for(name, bucket)(bucket, hyperparameters)
+    return Engine(
+        lambda bucket, hyperparameters: engine_for(name, bucket).update(bucket, hyperparameters),
+        lambda bucket, sums: engine_for(name, bucket).square_sums(bucket, sums),
+    )
 
 
-CPU_ENGINES: dict[str, Run] = {
-    f"cpu {level} {threads} threads": partial(_run_cpu, level, threads)
+CPU_ENGINES: dict[str, Engine] = {
+    f"cpu {level} {threads} threads": _cpu(level, threads)
     for level in SIMD_LEVELS
     for threads in (1, 2)
 }
-HOST_ENGINES: dict[str, Run] = {**CPU_ENGINES, "cuda-on-host": by_name("cuda-on-host")}
+HOST_ENGINES: dict[str, Engine] = {**CPU_ENGINES, "cuda-on-host": by_name("cuda-on-host")}
 
 # The reference as users choose it: through the library, unlike `State.step_by_reference`.
-REFERENCE_ENGINE: dict[str, Run] = {"reference": by_name("reference")}
+REFERENCE_ENGINE: dict[str, Engine] = {"reference": by_name("reference")}
 
 # Empty where Triton is missing, or compiles for a GPU and cannot work on host memory.
-TRITON_ENGINES: dict[str, Run] = (
+TRITON_ENGINES: dict[str, Engine] = (
     {"triton": by_name("triton")} if unavailable_reason() is None and interpreted() else {}
 )
 
@@ -562,7 +568,7 @@ Schedule: TypeAlias = Callable[[int], Sequence[Group]]
 
 def assert_same_bits(
     problem: Problem,
-    engines: Mapping[str, Run] = HOST_ENGINES,
+    engines: Mapping[str, Engine] = HOST_ENGINES,
     after: Sequence[int] = (1,),
     schedule: Schedule | None = None,
 ) -> None:

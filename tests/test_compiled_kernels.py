@@ -150,7 +150,7 @@ def test_the_sanitizers_watch_every_kernel(
         dtypes = (bucket.param_dtype, bucket.grad_dtype, bucket.state_dtype)
         ran.append((bucket.functor, bucket.options, dtypes if dtypes in UNIFORM else MIXED))
 
-    monkeypatch.setitem(engines._RUN, "cpu", record)
+    monkeypatch.setitem(engines._BY_NAME, "cpu", engines._CPU._replace(update=record))
     for optimizer, dtypes in sanitize_case.CASES:
         sanitize_case.run("cpu", optimizer, dtypes)
     cuda = [kernel.kernel for kernel in compiled_kernels if kernel.engine == "cuda"]

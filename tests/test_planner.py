@@ -13,7 +13,7 @@ from problems import ADAM, BF16, F32, Parameter, Problem, State
 
 from fused_adamw import _C
 
-CHUNK = _C.CUDA_CHUNK
+CHUNK = _C.CHUNK
 GRID = 2**31 - 1  # most blocks in x that CUDA launches
 ALIGNMENT = 64  # elements; inner cuts of ranges fall on multiples
 

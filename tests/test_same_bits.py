@@ -46,7 +46,7 @@ from problems import (
 import fused_adamw
 from fused_adamw import _C, functional, reference
 
-CHUNK = _C.CUDA_CHUNK
+CHUNK = _C.CHUNK
 RANGE = 65536  # most elements in a range of the CPU engine, which is also a multiple of CHUNK
 TRITON_TILE = 2048
 

@@ -310,7 +310,8 @@ def test_engine_that_fails_on_the_second_bucket(
                 _C.update_cpu(bucket, 1)
 
             with monkeypatch.context() as patch:
-                patch.setattr(registration, "engine_for", lambda *_: run)
+                engine = _CPU._replace(update=run)
+                patch.setattr(registration, "engine_for", lambda *_: engine)
                 optimizer.state  # noqa: B018  registers anew, with this engine
                 with pytest.raises(EngineFailedError):
                     optimizer.step()

@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <vector>
 
+#include "core/pass.h"
 #include "storage/format.h"
 
 namespace fused_adamw {
@@ -16,9 +17,11 @@ constexpr int kMaxSlots = kFirstState + kMaxStates;
 // Every slot holds `numel` elements in one linear order that is common to all slots.
 struct TensorEntry {
   void* slot[kMaxSlots];
+  float* ema;  // the average of the parameter; null in a bucket without
   std::int64_t numel;
   std::int32_t row;    // index into Bucket::coefficients, in rows
   std::int32_t group;  // index of the param group
+  std::int64_t chunk;  // index of its first chunk among those of the whole list
   std::int64_t step;   // t of the rule, counted from 1
   double scalar;       // what the rule carries from step to step, before this one
 };
@@ -30,9 +33,19 @@ struct Bucket {
   int device_index = 0;
   void* stream = nullptr;  // the device's current stream in torch; null on a CPU
   std::vector<TensorEntry> tensors;
-  std::vector<float> coefficients;  // rows of `coefficients_per_row` floats
+  std::vector<float> coefficients;  // rows of `coefficients_per_row` floats: the rule's and the pass's
   int coefficients_per_row = 0;
+  bool has_ema = false;      // every tensor has an average, or none has
+  bool zero_grads = false;   // gradients are zeroed once they have been read
+  double* observed = nullptr;  // rows of kObserved sums, one a chunk of the list; or null
   std::int64_t numel = 0;  // elements over all tensors
+
+  bool is_plain() const { return !has_ema && !zero_grads && observed == nullptr; }
+
+  PassCoefficients& pass(int row) {
+    float* end = coefficients.data() + (row + 1) * coefficients_per_row;
+    return *reinterpret_cast<PassCoefficients*>(end - kPassCoefficients);
+  }
 
   int rows() const {
     return coefficients_per_row ? static_cast<int>(coefficients.size()) / coefficients_per_row : 0;

@@ -6,8 +6,11 @@
 
 namespace fused_adamw {
 
-FlatRanges::FlatRanges(std::vector<std::int64_t> numels, std::int64_t target)
-    : starts_(std::move(numels)), target_(std::max<std::int64_t>(target, 1)) {
+FlatRanges::FlatRanges(std::vector<std::int64_t> numels, std::int64_t target,
+                       std::int64_t alignment)
+    : starts_(std::move(numels)),
+      target_(std::max<std::int64_t>(target, 1)),
+      alignment_(alignment) {
   std::int64_t total = 0;
   for (std::int64_t& start : starts_) {
     const std::int64_t numel = start;
@@ -22,10 +25,10 @@ std::int64_t FlatRanges::tensor_at(std::int64_t element) const {
   return std::upper_bound(starts_.begin(), starts_.end(), element) - starts_.begin() - 1;
 }
 
-std::int64_t FlatRanges::cut(std::int64_t offset, std::int64_t numel) {
+std::int64_t FlatRanges::cut(std::int64_t offset, std::int64_t numel) const {
   if (offset <= 0) return 0;
   if (offset >= numel) return numel;
-  return offset / kAlignment * kAlignment;
+  return offset / alignment_ * alignment_;
 }
 
 std::vector<Launch> plan_launches(const std::vector<std::int64_t>& numels,

@@ -19,8 +19,9 @@ struct Span {
 class FlatRanges {
  public:
   // Ranges of about `target` elements over tensors of `numels[i]`; inner cuts fall on multiples of
-  // `kAlignment` elements of a tensor, so that vector bodies start aligned where the tensor does.
-  FlatRanges(std::vector<std::int64_t> numels, std::int64_t target);
+  // `alignment` elements of a tensor, so that vector bodies start aligned where the tensor does.
+  FlatRanges(std::vector<std::int64_t> numels, std::int64_t target,
+             std::int64_t alignment = kAlignment);
 
   std::int64_t count() const { return count_; }
 
@@ -43,10 +44,11 @@ class FlatRanges {
   std::int64_t tensors() const { return static_cast<std::int64_t>(starts_.size()) - 1; }
   std::int64_t tensor_at(std::int64_t element) const;
   // The offset within a tensor at which a cut at `offset` falls.
-  static std::int64_t cut(std::int64_t offset, std::int64_t numel);
+  std::int64_t cut(std::int64_t offset, std::int64_t numel) const;
 
   std::vector<std::int64_t> starts_;  // prefix sums: tensor i holds [starts_[i], starts_[i + 1])
   std::int64_t target_;
+  std::int64_t alignment_;
   std::int64_t count_;
 };
 

@@ -4,10 +4,13 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cstring>
 #include <vector>
 
 #include "core/float_environment.h"
+#include "core/pass.h"
 #include "core/planner.h"
+#include "core/square_sum.h"
 #include "rules/registry.h"
 
 // [note: SIMD levels] The body below is plain scalar C++ that the compiler vectorises. It is
@@ -27,12 +30,18 @@
 // simd`: it turns the local arrays into vectors of arrays, and gcc then gives up.
 #if defined(__clang__)
 #define FUSED_ADAMW_INDEPENDENT_ITERATIONS _Pragma("clang loop vectorize(assume_safety)")
+#define FUSED_ADAMW_UNROLL_LANES _Pragma("unroll")
 #else
 #define FUSED_ADAMW_INDEPENDENT_ITERATIONS _Pragma("GCC ivdep")
+#define FUSED_ADAMW_UNROLL_LANES _Pragma("GCC unroll 32")
 #endif
 
 namespace fused_adamw::cpu {
 namespace {
+
+// [note: blocks] What a step does beside its rule follows the update block by block, while the
+// block's arrays are in the L1 cache: memory sees one pass, and the rule needs no other body.
+constexpr std::int64_t kPassBlock = 1024;
 
 // Elements [begin, end) of one tensor.
 struct Work {
@@ -47,10 +56,15 @@ struct Work {
   }
 };
 
-// Changes `count` numbers of a dtype of 16 bits to float, or back.
-struct Conversions {
+// What knows no rule, at one level. `count` numbers of a dtype of 16 bits become floats, or back;
+// the rest takes any dtype.
+struct Tools {
   void (*widen)(const void* from, Dtype dtype, float* to, std::int64_t count);
   void (*narrow)(const float* from, Dtype dtype, void* to, std::int64_t count);
+  void (*average)(const void* param, Dtype dtype, float* ema, float weight, std::int64_t count);
+  double (*square_sum)(const void* grad, Dtype dtype, std::int64_t count);
+  Observation (*observe)(const float* grad, const float* before, const float* after,
+                         std::int64_t count);
 };
 
 template <class T>
@@ -75,10 +89,69 @@ FUSED_ADAMW_HD void narrow_any(const float* from, Dtype dtype, void* to, std::in
   dtype == Dtype::kBfloat16 ? narrow<bfloat16>(from, to, count) : narrow<float16>(from, to, count);
 }
 
+// `ema` follows `param`.
+template <class T>
+FUSED_ADAMW_HD void average(const void* param, float* ema, float weight, std::int64_t count) {
+  const T* values = static_cast<const T*>(param);
+  FUSED_ADAMW_INDEPENDENT_ITERATIONS
+  for (std::int64_t i = 0; i < count; ++i) ema[i] = averaged(ema[i], to_float(values[i]), weight);
+}
+
+FUSED_ADAMW_HD void average_any(const void* param, Dtype dtype, float* ema, float weight,
+                                std::int64_t count) {
+  if (dtype == Dtype::kFloat32) return average<float>(param, ema, weight, count);
+  dtype == Dtype::kBfloat16 ? average<bfloat16>(param, ema, weight, count)
+                            : average<float16>(param, ema, weight, count);
+}
+
+// Of at most a segment: see [note: square sums]. Unrolled, so that the lanes are registers.
+FUSED_ADAMW_HD double segment_square_sum(const float* values, std::int64_t count) {
+  double lane[kLanes] = {};
+  std::int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes) {
+    FUSED_ADAMW_UNROLL_LANES
+    for (int l = 0; l < kLanes; ++l) lane[l] += square(values[i + l]);
+  }
+  for (int l = 0; i + l < count; ++l) lane[l] += square(values[i + l]);
+  fold_by_halves(lane, kLanes);
+  return lane[0];
+}
+
+// Of one chunk, or what there is of it.
+FUSED_ADAMW_HD double square_sum_any(const void* grad, Dtype dtype, std::int64_t count) {
+  const float* floats = static_cast<const float*>(grad);
+  const std::uint16_t* halves = static_cast<const std::uint16_t*>(grad);
+  alignas(64) float buffer[kSegment];
+  double sum = 0.0;
+  for (std::int64_t begin = 0; begin < count; begin += kSegment) {
+    const std::int64_t length = std::min(kSegment, count - begin);
+    if (dtype != Dtype::kFloat32) widen_any(halves + begin, dtype, buffer, length);
+    sum += segment_square_sum(dtype == Dtype::kFloat32 ? floats + begin : buffer, length);
+  }
+  return sum;
+}
+
+// Of at most kPassBlock elements.
+FUSED_ADAMW_HD Observation observe_floats(const float* grad, const float* before,
+                                          const float* after, std::int64_t count) {
+  alignas(64) float change[kPassBlock];
+  int nonfinite = 0, lost = 0;
+  for (std::int64_t i = 0; i < count; ++i) {
+    change[i] = after[i] - before[i];
+    nonfinite += is_nonfinite(grad[i]);
+    lost += is_lost(grad[i], before[i], after[i]);
+  }
+  return {segment_square_sum(grad, count), segment_square_sum(change, count),
+          segment_square_sum(after, count), static_cast<double>(nonfinite),
+          static_cast<double>(lost)};
+}
+
 // `count` elements whose arrays are float32.
 template <class Functor>
-FUSED_ADAMW_HD void update_floats(const typename Functor::Coefficients& c, float* const* slot,
+FUSED_ADAMW_HD void update_floats(const Row<Functor>& row, float* const* slot,
                                   std::int64_t count) {
+  const auto c = row.rule;
+  const float factor = row.pass.grad_factor;
   float* param = slot[kParam];
   const float* grad = slot[kGrad];
   float* state[Functor::kStates + 1];
@@ -90,7 +163,7 @@ FUSED_ADAMW_HD void update_floats(const typename Functor::Coefficients& c, float
     StateArray<Functor::kStates> s;
     for (int k = 0; k < Functor::kStates; ++k) s[k] = state[k][i];
 
-    Functor::update(c, p, grad[i], s);
+    Functor::update(c, p, grad[i] * factor, s);
 
     param[i] = p;
     for (int k = 0; k < Functor::kStates; ++k) state[k][i] = s[k];
@@ -111,8 +184,9 @@ FUSED_ADAMW_HD std::uint32_t pair_of_bfloat16s(float first, float second) {
 }
 
 template <class Functor>
-FUSED_ADAMW_HD void update_pairs(const typename Functor::Coefficients& c, Word* const* slot,
-                                 std::int64_t pairs) {
+FUSED_ADAMW_HD void update_pairs(const Row<Functor>& row, Word* const* slot, std::int64_t pairs) {
+  const auto c = row.rule;
+  const float factor = row.pass.grad_factor;
   Word* param = slot[kParam];
   const Word* grad = slot[kGrad];
   Word* state[Functor::kStates + 1];
@@ -129,8 +203,8 @@ FUSED_ADAMW_HD void update_pairs(const typename Functor::Coefficients& c, Word* 
       s1[k] = second_of<bfloat16>(s);
     }
 
-    Functor::update(c, p0, first_of<bfloat16>(g), s0);
-    Functor::update(c, p1, second_of<bfloat16>(g), s1);
+    Functor::update(c, p0, first_of<bfloat16>(g) * factor, s0);
+    Functor::update(c, p1, second_of<bfloat16>(g) * factor, s1);
 
     param[i] = pair_of_bfloat16s(p0, p1);
     for (int k = 0; k < Functor::kStates; ++k) state[k][i] = pair_of_bfloat16s(s0[k], s1[k]);
@@ -142,8 +216,7 @@ FUSED_ADAMW_HD void update_pairs(const typename Functor::Coefficients& c, Word* 
 constexpr std::int64_t kBlock = 512;
 
 template <class Functor>
-FUSED_ADAMW_HD void update_staged(const typename Functor::Coefficients& c, const Work& work,
-                                  const Conversions& conversions) {
+FUSED_ADAMW_HD void update_staged(const Row<Functor>& row, const Work& work, const Tools& tools) {
   constexpr int kSlots = kFirstState + Functor::kStates;
   alignas(64) float buffer[kSlots][kBlock];
   float* slot[kSlots];
@@ -156,51 +229,64 @@ FUSED_ADAMW_HD void update_staged(const typename Functor::Coefficients& c, const
     for (int k = 0; k < kSlots; ++k) {
       const Dtype dtype = work.format.of_slot(k);
       slot[k] = dtype == Dtype::kFloat32 ? reinterpret_cast<float*>(memory(k)) : buffer[k];
-      if (slot[k] == buffer[k]) conversions.widen(memory(k), dtype, buffer[k], count);
+      if (slot[k] == buffer[k]) tools.widen(memory(k), dtype, buffer[k], count);
     }
-    update_floats<Functor>(c, slot, count);
+    update_floats<Functor>(row, slot, count);
     for (int k = 0; k < kSlots; ++k) {
       if (k == kGrad || slot[k] != buffer[k]) continue;
-      conversions.narrow(buffer[k], work.format.of_slot(k), memory(k), count);
+      tools.narrow(buffer[k], work.format.of_slot(k), memory(k), count);
     }
   }
 }
 
 template <class Functor>
-FUSED_ADAMW_HD void update_span(const Work& work, const Conversions& conversions) {
+FUSED_ADAMW_HD void update_span(const Work& work, const Tools& tools) {
   constexpr int kSlots = kFirstState + Functor::kStates;
-  const auto c = *reinterpret_cast<const typename Functor::Coefficients*>(work.coefficients);
+  const auto row = *reinterpret_cast<const Row<Functor>*>(work.coefficients);
   if (work.format.all(Dtype::kFloat32)) {
     float* slot[kSlots];
     for (int k = 0; k < kSlots; ++k) slot[k] = work.slot<float>(k);
-    update_floats<Functor>(c, slot, work.end - work.begin);
+    update_floats<Functor>(row, slot, work.end - work.begin);
   } else if (work.format.all(Dtype::kBfloat16)) {
     Word* slot[kSlots];
     for (int k = 0; k < kSlots; ++k) {
       slot[k] = reinterpret_cast<Word*>(work.slot<std::uint16_t>(k));
     }
     const std::int64_t pairs = (work.end - work.begin) / 2;
-    update_pairs<Functor>(c, slot, pairs);
+    update_pairs<Functor>(row, slot, pairs);
     const Work last{work.tensor, work.format, work.coefficients, work.begin + 2 * pairs, work.end};
-    update_staged<Functor>(c, last, conversions);
+    update_staged<Functor>(row, last, tools);
   } else {
-    update_staged<Functor>(c, work, conversions);
+    update_staged<Functor>(row, work, tools);
   }
 }
 
-using UpdateSpan = void (*)(const Work&, const Conversions&);
+using UpdateSpan = void (*)(const Work&, const Tools&);
 
-#define FUSED_ADAMW_LEVEL(name, target)                                                     \
-  template <class Functor>                                                                  \
-  target void update_##name(const Work& work, const Conversions& conversions) {             \
-    update_span<Functor>(work, conversions);                                                \
-  }                                                                                         \
-  target void widen_##name(const void* from, Dtype dtype, float* to, std::int64_t count) {  \
-    widen_any(from, dtype, to, count);                                                      \
-  }                                                                                         \
-  target void narrow_##name(const float* from, Dtype dtype, void* to, std::int64_t count) { \
-    narrow_any(from, dtype, to, count);                                                     \
-  }
+#define FUSED_ADAMW_LEVEL(name, target)                                                       \
+  template <class Functor>                                                                    \
+  target void update_##name(const Work& work, const Tools& tools) {                           \
+    update_span<Functor>(work, tools);                                                        \
+  }                                                                                           \
+  target void widen_##name(const void* from, Dtype dtype, float* to, std::int64_t count) {    \
+    widen_any(from, dtype, to, count);                                                        \
+  }                                                                                           \
+  target void narrow_##name(const float* from, Dtype dtype, void* to, std::int64_t count) {   \
+    narrow_any(from, dtype, to, count);                                                       \
+  }                                                                                           \
+  target void average_##name(const void* param, Dtype dtype, float* ema, float weight,        \
+                             std::int64_t count) {                                            \
+    average_any(param, dtype, ema, weight, count);                                            \
+  }                                                                                           \
+  target double square_sum_##name(const void* grad, Dtype dtype, std::int64_t count) {        \
+    return square_sum_any(grad, dtype, count);                                                \
+  }                                                                                           \
+  target Observation observe_##name(const float* grad, const float* before, const float* after, \
+                                    std::int64_t count) {                                     \
+    return observe_floats(grad, before, after, count);                                        \
+  }                                                                                           \
+  constexpr Tools kTools_##name{widen_##name, narrow_##name, average_##name, square_sum_##name, \
+                                observe_##name};
 
 FUSED_ADAMW_LEVEL(baseline, )
 #if defined(__x86_64__)
@@ -208,28 +294,82 @@ FUSED_ADAMW_LEVEL(avx2, FUSED_ADAMW_AVX2)
 FUSED_ADAMW_LEVEL(avx512, FUSED_ADAMW_AVX512)
 #endif
 
-// The code of one functor at one level.
-struct Code {
-  UpdateSpan update;
-  Conversions conversions;
-};
-
-template <class Functor>
-Code at_level(SimdLevel level) {
+const Tools& tools_at(SimdLevel level) {
 #if defined(__x86_64__)
-  if (level == SimdLevel::kAvx512) {
-    return {update_avx512<Functor>, {widen_avx512, narrow_avx512}};
-  }
-  if (level == SimdLevel::kAvx2) return {update_avx2<Functor>, {widen_avx2, narrow_avx2}};
+  if (level == SimdLevel::kAvx512) return kTools_avx512;
+  if (level == SimdLevel::kAvx2) return kTools_avx2;
 #endif
   (void)level;
-  return {update_baseline<Functor>, {widen_baseline, narrow_baseline}};
+  return kTools_baseline;
 }
 
+template <class Functor>
+UpdateSpan update_at(SimdLevel level) {
+#if defined(__x86_64__)
+  if (level == SimdLevel::kAvx512) return update_avx512<Functor>;
+  if (level == SimdLevel::kAvx2) return update_avx2<Functor>;
+#endif
+  (void)level;
+  return update_baseline<Functor>;
+}
+
+// The code for one bucket at one level.
+struct Code {
+  UpdateSpan update;
+  const Tools& tools;
+};
+
 Code find_code(int functor, SimdLevel level) {
-  Code found{};
-  visit_functor(functor, [&](auto functor) { found = at_level<decltype(functor)>(level); });
-  return found;
+  UpdateSpan update = nullptr;
+  visit_functor(functor, [&](auto functor) { update = update_at<decltype(functor)>(level); });
+  return {update, tools_at(level)};
+}
+
+// Elements as floats: where they are, or in `buffer`.
+const float* as_floats(const Tools& tools, const Work& work, int slot, float* buffer) {
+  const Dtype dtype = work.format.of_slot(slot);
+  if (dtype == Dtype::kFloat32) return work.slot<float>(slot);
+  tools.widen(work.slot<std::uint16_t>(slot), dtype, buffer, work.end - work.begin);
+  return buffer;
+}
+
+// Elements [begin, end) of one tensor.
+Observation update_in_blocks(const Bucket& bucket, const Code& code, const Work& work) {
+  const Tools& tools = code.tools;
+  const float weight =
+      reinterpret_cast<const PassCoefficients*>(work.coefficients + bucket.coefficients_per_row -
+                                                kPassCoefficients)
+          ->ema_weight;
+  const int param_size = element_size(bucket.format.param);
+  const int grad_size = element_size(bucket.format.grad);
+  alignas(64) float before[kPassBlock], after[kPassBlock], grad[kPassBlock];
+  Observation sum{};
+  for (std::int64_t begin = work.begin; begin < work.end; begin += kPassBlock) {
+    const std::int64_t end = std::min(work.end, begin + kPassBlock), count = end - begin;
+    const Work block{work.tensor, work.format, work.coefficients, begin, end};
+    char* param = static_cast<char*>(work.tensor.slot[kParam]) + begin * param_size;
+    float* ema = bucket.has_ema ? work.tensor.ema + begin : nullptr;
+    if (ema != nullptr) {
+      for (std::int64_t i = 0; i < count; i += 64 / sizeof(float)) __builtin_prefetch(ema + i, 1);
+    }
+    if (bucket.observed != nullptr) {
+      const float* values = as_floats(tools, block, kParam, before);
+      if (values != before) std::copy_n(values, count, before);
+    }
+
+    code.update(block, tools);
+
+    if (ema != nullptr) tools.average(param, bucket.format.param, ema, weight, count);
+    if (bucket.observed != nullptr) {
+      sum = sum + tools.observe(as_floats(tools, block, kGrad, grad), before,
+                                as_floats(tools, block, kParam, after), count);
+    }
+    if (bucket.zero_grads) {
+      std::memset(static_cast<char*>(work.tensor.slot[kGrad]) + begin * grad_size, 0,
+                  static_cast<std::size_t>(count * grad_size));
+    }
+  }
+  return sum;
 }
 
 // Ranges are handed out one by one, so that a thread the system holds up does not hold up the
@@ -242,6 +382,45 @@ constexpr std::int64_t kSerial = 16384;
 
 std::int64_t range_size(std::int64_t numel, int threads) {
   return std::clamp(numel / (4 * threads), kLeastPerRange, kMostPerRange);
+}
+
+std::vector<std::int64_t> numels_of(const Bucket& bucket) {
+  std::vector<std::int64_t> numels(bucket.tensors.size());
+  std::transform(bucket.tensors.begin(), bucket.tensors.end(), numels.begin(),
+                 [](const TensorEntry& tensor) { return tensor.numel; });
+  return numels;
+}
+
+// Calls visit(i) for 0 <= i < count, each once.
+template <class Visit>
+void in_parallel(int threads, std::int64_t count, Visit&& visit) {
+  std::atomic<std::int64_t> next{0};
+#pragma omp parallel num_threads(threads)
+  {
+    const DefaultFloatEnvironment environment;
+    for (std::int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < count;) visit(i);
+  }
+}
+
+// Calls visit(tensor, span, index of the chunk in the list) for every chunk.
+template <class Visit>
+void for_each_chunk(const Bucket& bucket, int threads, Visit&& visit) {
+  const auto visit_chunks = [&](const Span& span) {
+    const TensorEntry& tensor = bucket.tensors[static_cast<std::size_t>(span.tensor)];
+    for (std::int64_t begin = span.begin; begin < span.end; begin += kChunk) {
+      const std::int64_t end = std::min(begin + kChunk, span.end);
+      visit(tensor, Span{span.tensor, begin, end}, tensor.chunk + begin / kChunk);
+    }
+  };
+  if (threads <= 1 || bucket.numel < kSerial) {
+    const DefaultFloatEnvironment environment;
+    for (std::size_t i = 0; i < bucket.tensors.size(); ++i) {
+      visit_chunks({static_cast<std::int64_t>(i), 0, bucket.tensors[i].numel});
+    }
+    return;
+  }
+  const FlatRanges ranges(numels_of(bucket), range_size(bucket.numel, threads), kChunk);
+  in_parallel(threads, ranges.count(), [&](std::int64_t i) { ranges.for_each(i, visit_chunks); });
 }
 
 }  // namespace
@@ -260,9 +439,21 @@ SimdLevel best_simd_level() {
 
 void update(const Bucket& bucket, int threads, SimdLevel level) {
   const Code code = find_code(bucket.functor, level);
-  const auto update_span = [&](const TensorEntry& tensor, std::int64_t begin, std::int64_t end) {
+  const auto work = [&](const TensorEntry& tensor, std::int64_t begin, std::int64_t end) {
     const float* row = bucket.coefficients.data() + tensor.row * bucket.coefficients_per_row;
-    code.update({tensor, bucket.format, row, begin, end}, code.conversions);
+    return Work{tensor, bucket.format, row, begin, end};
+  };
+  if (bucket.observed != nullptr) {
+    auto* observed = reinterpret_cast<Observation*>(bucket.observed);
+    return for_each_chunk(bucket, threads,
+                          [&](const TensorEntry& tensor, const Span& span, std::int64_t chunk) {
+                            observed[chunk] = update_in_blocks(
+                                bucket, code, work(tensor, span.begin, span.end));
+                          });
+  }
+  const auto update_span = [&](const TensorEntry& tensor, std::int64_t begin, std::int64_t end) {
+    if (bucket.is_plain()) return code.update(work(tensor, begin, end), code.tools);
+    update_in_blocks(bucket, code, work(tensor, begin, end));
   };
 
   if (threads <= 1 || bucket.numel < kSerial) {
@@ -272,22 +463,23 @@ void update(const Bucket& bucket, int threads, SimdLevel level) {
     }
     return;
   }
+  const FlatRanges ranges(numels_of(bucket), range_size(bucket.numel, threads));
+  in_parallel(threads, ranges.count(), [&](std::int64_t i) {
+    ranges.for_each(i, [&](const Span& span) {
+      update_span(bucket.tensors[static_cast<std::size_t>(span.tensor)], span.begin, span.end);
+    });
+  });
+}
 
-  std::vector<std::int64_t> numels(bucket.tensors.size());
-  std::transform(bucket.tensors.begin(), bucket.tensors.end(), numels.begin(),
-                 [](const TensorEntry& tensor) { return tensor.numel; });
-  const FlatRanges ranges(std::move(numels), range_size(bucket.numel, threads));
-  std::atomic<std::int64_t> next{0};
-#pragma omp parallel num_threads(threads)
-  {
-    const DefaultFloatEnvironment environment;
-    for (std::int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < ranges.count();) {
-      ranges.for_each(i, [&](const Span& span) {
-        const TensorEntry& tensor = bucket.tensors[static_cast<std::size_t>(span.tensor)];
-        update_span(tensor, span.begin, span.end);
-      });
-    }
-  }
+void square_sums(const Bucket& bucket, double* partials, int threads, SimdLevel level) {
+  const Tools& tools = tools_at(level);
+  const Dtype dtype = bucket.format.grad;
+  for_each_chunk(bucket, threads,
+                 [&](const TensorEntry& tensor, const Span& span, std::int64_t chunk) {
+                   const char* grad = static_cast<const char*>(tensor.slot[kGrad]);
+                   partials[chunk] = tools.square_sum(grad + span.begin * element_size(dtype),
+                                                      dtype, span.end - span.begin);
+                 });
 }
 
 }  // namespace fused_adamw::cpu

@@ -15,4 +15,8 @@ SimdLevel best_simd_level();
 // best_simd_level(). All levels and thread counts give the same bits.
 void update(const Bucket& bucket, int threads, SimdLevel level);
 
+// Writes the sum of squares of every chunk of the bucket's gradients to the chunk's place in
+// `partials`: [note: square sums].
+void square_sums(const Bucket& bucket, double* partials, int threads, SimdLevel level);
+
 }  // namespace fused_adamw::cpu

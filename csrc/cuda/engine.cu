@@ -5,28 +5,10 @@
 #include "cuda/check.h"
 #include "cuda/engine.h"
 #include "cuda/kernels.h"
+#include "cuda/update_chunk.h"
 
 namespace fused_adamw::cuda {
 namespace {
-
-// Makes `device` current for a scope and puts the previous one back.
-class CurrentDevice {
- public:
-  explicit CurrentDevice(int device) {
-    check(cudaGetDevice(&previous_), "reading the current device");
-    if (device != previous_) check(cudaSetDevice(device), "choosing the tensors' device");
-    changed_ = device != previous_;
-  }
-  ~CurrentDevice() {
-    if (changed_) cudaSetDevice(previous_);
-  }
-  CurrentDevice(const CurrentDevice&) = delete;
-  CurrentDevice& operator=(const CurrentDevice&) = delete;
-
- private:
-  int previous_ = 0;
-  bool changed_ = false;
-};
 
 std::string version(int code) {
   return std::to_string(code / 1000) + "." + std::to_string(code % 1000 / 10);
@@ -37,9 +19,11 @@ std::string version(int code) {
 int update(const Bucket& bucket, void* stream) {
   const CurrentDevice current(bucket.device_index);
   const auto on_stream = static_cast<cudaStream_t>(stream);
-  if (bucket.format.all(Dtype::kFloat32)) return launch_float32(bucket, on_stream);
-  if (bucket.format.all(Dtype::kBfloat16)) return launch_bfloat16(bucket, on_stream);
-  return launch_mixed(bucket, on_stream);
+  int launches = 0;
+  visit_storage(bucket.format, [&](auto storage) {
+    launches = launch_bucket<decltype(storage)>(bucket, on_stream);
+  });
+  return launches;
 }
 
 std::string unavailable_reason() {

@@ -12,6 +12,10 @@ namespace fused_adamw::cuda {
 // of launches.
 int update(const Bucket& bucket, void* stream);
 
+// Enqueues the sum of squares of every chunk of the bucket's gradients, which goes to the chunk's
+// place in `partials`, in the device's memory: [note: square sums].
+void square_sums(const Bucket& bucket, double* partials, void* stream);
+
 // Why the engine cannot run on this machine, in a sentence; empty if it can.
 std::string unavailable_reason();
 
@@ -21,5 +25,6 @@ int count_launches(const Bucket& bucket);
 // Plays the grid on the host, one thread after the other, over arrays in host memory: the same
 // planner, argument block and kernel body. For tests; slow.
 void update_on_host(const Bucket& bucket);
+void square_sums_on_host(const Bucket& bucket, double* partials);
 
 }  // namespace fused_adamw::cuda

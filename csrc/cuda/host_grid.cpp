@@ -10,39 +10,71 @@ namespace fused_adamw::cuda {
 
 namespace {
 
-template <class Storage>
+// Of what its threads have, as cuda/reduce.cuh does it.
+template <class T>
+T fold_block(T (&of_thread)[kThreads]) {
+  T sum{};
+  for (int warp = 0; warp < kThreads / kLanes; ++warp) {
+    fold_by_halves(of_thread + warp * kLanes, kLanes);
+    sum = sum + of_thread[warp * kLanes];
+  }
+  return sum;
+}
+
+template <class Storage, bool kWhole>
 void play(const Bucket& bucket) {
   visit_functor(bucket.functor, [&](auto functor) {
     using Functor = decltype(functor);
-    const auto arguments = std::make_unique<LaunchArguments<Functor>>();
-    for_each_launch<Functor>(bucket, *arguments, [](const auto& launch, std::uint32_t blocks) {
+    const auto arguments = std::make_unique<LaunchArguments<Functor, kWhole>>();
+    for_each_launch(bucket, *arguments, [](const auto& launch, std::uint32_t blocks) {
       for (std::uint32_t block = 0; block < blocks; ++block) {
+        Observation observed[kThreads];
         for (int thread = 0; thread < kThreads; ++thread) {
-          update_chunk<Functor, Storage>(launch, block, thread);
+          observed[thread] = update_chunk<Functor, Storage>(launch, block, thread);
+        }
+        if (kWhole && launch.observed != nullptr) {
+          observation_of(launch, block) = fold_block(observed);
         }
       }
     });
   });
 }
 
+template <bool kWhole>
+void play_storage(const Bucket& bucket) {
+  visit_storage(bucket.format, [&](auto storage) { play<decltype(storage), kWhole>(bucket); });
+}
+
 }  // namespace
 
 void update_on_host(const Bucket& bucket) {
   const DefaultFloatEnvironment environment;  // as on a GPU
-  if (bucket.format.all(Dtype::kFloat32)) {
-    play<Uniform<float>>(bucket);
-  } else if (bucket.format.all(Dtype::kBfloat16)) {
-    play<Uniform<bfloat16>>(bucket);
-  } else {
-    play<Mixed>(bucket);
-  }
+  bucket.is_plain() ? play_storage<false>(bucket) : play_storage<true>(bucket);
+}
+
+void square_sums_on_host(const Bucket& bucket, double* partials) {
+  const DefaultFloatEnvironment environment;
+  const auto arguments = std::make_unique<GradientArguments>();
+  for_each_launch(bucket, partials, *arguments, [](const auto& launch, std::uint32_t blocks) {
+    for (std::uint32_t block = 0; block < blocks; ++block) {
+      double sums[kThreads];
+      for (int thread = 0; thread < kThreads; ++thread) {
+        sums[thread] = chunk_square_sum(launch, block, thread);
+      }
+      square_sum_of(launch, block) = fold_block(sums);
+    }
+  });
 }
 
 int count_launches(const Bucket& bucket) {
   int launches = 0;
+  const auto count = [&](auto arguments) {
+    for_each_launch(bucket, *arguments, [&](auto&, auto) { ++launches; });
+  };
   visit_functor(bucket.functor, [&](auto functor) {
-    const auto arguments = std::make_unique<LaunchArguments<decltype(functor)>>();
-    for_each_launch<decltype(functor)>(bucket, *arguments, [&](auto&, auto) { ++launches; });
+    using Functor = decltype(functor);
+    bucket.is_plain() ? count(std::make_unique<LaunchArguments<Functor, false>>())
+                      : count(std::make_unique<LaunchArguments<Functor, true>>());
   });
   return launches;
 }

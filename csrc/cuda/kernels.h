@@ -1,4 +1,5 @@
-// One entry for each kernels_*.cu: launches the bucket and returns the number of launches.
+// The launch of an update, defined in cuda/update_kernel.cuh and instantiated by kernels_*.cu, one
+// for each storage that visit_storage() tells apart.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -7,8 +8,8 @@
 
 namespace fused_adamw::cuda {
 
-int launch_float32(const Bucket& bucket, cudaStream_t stream);   // every array in float32
-int launch_bfloat16(const Bucket& bucket, cudaStream_t stream);  // every array in bfloat16
-int launch_mixed(const Bucket& bucket, cudaStream_t stream);     // any format
+// Launches every piece of the bucket and returns their number.
+template <class Storage>
+int launch_bucket(const Bucket& bucket, cudaStream_t stream);
 
 }  // namespace fused_adamw::cuda

@@ -4,7 +4,9 @@
 #include <cstdint>
 
 #include "core/bucket.h"
+#include "core/pass.h"
 #include "core/planner.h"
+#include "core/square_sum.h"
 
 namespace fused_adamw::cuda {
 
@@ -14,69 +16,141 @@ namespace fused_adamw::cuda {
 // the search (ten steps in the constant cache) is noise beside 448 KB of traffic in float32, small
 // enough that a model of 100M parameters gives 6000 blocks, so a last partial wave costs little.
 constexpr int kThreads = 256;
-constexpr std::int64_t kChunk = 16384;
+static_assert(kThreads == kLanes * kSegments, "a warp adds up one segment of a chunk");
 
 // Kernel arguments may take 32,764 bytes from CUDA 12.1 and compute capability 7.0 on, against
 // 4,096 before: 600 tensors a launch instead of 70.
 constexpr int kArgumentBytes = 32764;
 constexpr int kRows = 128;
 
-template <class Functor>
+// `kWhole`: with what a step may do beside its rule (core/pass.h), unscaling and clipping apart,
+// which every launch does.
+template <class Functor, bool kWhole>
 struct LaunchArguments {
   static constexpr int kSlots = kFirstState + Functor::kStates;
-  static constexpr int kBytesPerTensor =
-      kSlots * static_cast<int>(sizeof(void*)) + sizeof(std::int64_t) + sizeof(std::uint32_t) + 2;
+  static constexpr int kPointers = kSlots + kWhole;
+  static constexpr int kBytesPerTensor = kPointers * static_cast<int>(sizeof(void*)) +
+                                         sizeof(std::int64_t) + sizeof(std::uint32_t) + 2 +
+                                         (kWhole ? sizeof(std::int64_t) : 0);
   static constexpr int kTensors =
-      (kArgumentBytes - kRows * static_cast<int>(sizeof(typename Functor::Coefficients)) - 24) /
-      kBytesPerTensor;
+      (kArgumentBytes - kRows * static_cast<int>(sizeof(Row<Functor>)) - 48) / kBytesPerTensor;
 
-  void* slot[kSlots][kTensors];
+  void* slot[kPointers][kTensors];  // the last the average of the parameter, with kWhole
   std::int64_t numel[kTensors];
-  typename Functor::Coefficients rows[kRows];
+  std::int64_t chunk[kWhole ? kTensors : 1];  // index of its first chunk in the whole list
+  Observation* observed;                      // one a chunk; or null
+  Row<Functor> rows[kRows];
   std::uint32_t first_chunk[kTensors + 1];  // the last entry in use is the number of blocks
   std::int32_t tensors;
   std::uint16_t row[kTensors];
   Format format;
+  bool has_ema;
+  bool zero_grads;
 };
 
-template <class Functor>
+template <class Arguments>
 constexpr LaunchLimits launch_limits() {
-  using Arguments = LaunchArguments<Functor>;
   static_assert(sizeof(Arguments) <= kArgumentBytes, "the argument block must fit into a launch");
   return {Arguments::kTensors, kRows, kChunk};
 }
 
-template <class Functor>
-void pack(const Bucket& bucket, const Launch& launch, LaunchArguments<Functor>& arguments) {
-  using Coefficients = typename Functor::Coefficients;
+template <class Functor, bool kWhole>
+void pack(const Bucket& bucket, const Launch& launch, LaunchArguments<Functor, kWhole>& arguments) {
+  using Arguments = LaunchArguments<Functor, kWhole>;
   arguments.tensors = static_cast<std::int32_t>(launch.tensors.size());
   arguments.format = bucket.format;
+  arguments.has_ema = bucket.has_ema;
+  arguments.zero_grads = bucket.zero_grads;
+  arguments.observed = reinterpret_cast<Observation*>(bucket.observed);
   for (std::size_t i = 0; i < launch.tensors.size(); ++i) {
     const TensorEntry& tensor = bucket.tensors[static_cast<std::size_t>(launch.tensors[i])];
-    for (int s = 0; s < LaunchArguments<Functor>::kSlots; ++s)
-      arguments.slot[s][i] = tensor.slot[s];
+    for (int s = 0; s < Arguments::kSlots; ++s) arguments.slot[s][i] = tensor.slot[s];
+    if constexpr (kWhole) {
+      arguments.slot[Arguments::kSlots][i] = tensor.ema;
+      arguments.chunk[i] = tensor.chunk;
+    }
     arguments.numel[i] = tensor.numel;
     arguments.first_chunk[i] = launch.first_chunk[i];
     arguments.row[i] = static_cast<std::uint16_t>(launch.row_of[i]);
   }
   arguments.first_chunk[launch.tensors.size()] = launch.first_chunk.back();
   for (std::size_t r = 0; r < launch.rows.size(); ++r) {
-    arguments.rows[r] = *reinterpret_cast<const Coefficients*>(
+    arguments.rows[r] = *reinterpret_cast<const Row<Functor>*>(
         bucket.coefficients.data() + launch.rows[r] * bucket.coefficients_per_row);
   }
 }
 
-// Plans a bucket and calls run(arguments, blocks) for each launch.
-template <class Functor, class Run>
-void for_each_launch(const Bucket& bucket, LaunchArguments<Functor>& arguments, Run&& run) {
+// The gradients of one launch whose squares are added up.
+struct GradientArguments {
+  static constexpr int kTensors = (kArgumentBytes - 64) / (8 + 8 + 8 + 4);
+
+  const void* grad[kTensors];
+  std::int64_t numel[kTensors];
+  std::int64_t chunk[kTensors];  // index of its first chunk in the whole list
+  double* partials;              // one a chunk
+  std::uint32_t first_chunk[kTensors + 1];
+  std::int32_t tensors;
+  Dtype dtype;
+};
+
+inline void pack(const Bucket& bucket, const Launch& launch, double* partials,
+                 GradientArguments& arguments) {
+  arguments.tensors = static_cast<std::int32_t>(launch.tensors.size());
+  arguments.dtype = bucket.format.grad;
+  arguments.partials = partials;
+  for (std::size_t i = 0; i < launch.tensors.size(); ++i) {
+    const TensorEntry& tensor = bucket.tensors[static_cast<std::size_t>(launch.tensors[i])];
+    arguments.grad[i] = tensor.slot[kGrad];
+    arguments.numel[i] = tensor.numel;
+    arguments.chunk[i] = tensor.chunk;
+    arguments.first_chunk[i] = launch.first_chunk[i];
+  }
+  arguments.first_chunk[launch.tensors.size()] = launch.first_chunk.back();
+}
+
+// The tensor that chunk `block` of a launch belongs to: the last one that starts at or before it.
+template <class Arguments>
+FUSED_ADAMW_HD int tensor_of(const Arguments& arguments, std::uint32_t block) {
+  int low = 0, high = arguments.tensors;
+  while (high - low > 1) {
+    const int middle = (low + high) / 2;
+    if (arguments.first_chunk[middle] <= block) {
+      low = middle;
+    } else {
+      high = middle;
+    }
+  }
+  return low;
+}
+
+inline std::vector<Launch> plan(const Bucket& bucket, const LaunchLimits& limits) {
   std::vector<std::int64_t> numels;
   std::vector<std::int32_t> rows;
   for (const TensorEntry& tensor : bucket.tensors) {
     numels.push_back(tensor.numel);
     rows.push_back(tensor.row);
   }
-  for (const Launch& launch : plan_launches(numels, rows, launch_limits<Functor>())) {
+  return plan_launches(numels, rows, limits);
+}
+
+// Plans a bucket and calls run(arguments, blocks) for each launch.
+template <class Arguments, class Run>
+void for_each_launch(const Bucket& bucket, Arguments& arguments, Run&& run) {
+  for (const Launch& launch : plan(bucket, launch_limits<Arguments>())) {
     pack(bucket, launch, arguments);
+    run(arguments, launch.first_chunk.back());
+  }
+}
+
+// The same for the squares of the gradients, whatever the rows.
+template <class Run>
+void for_each_launch(const Bucket& bucket, double* partials, GradientArguments& arguments,
+                     Run&& run) {
+  static_assert(sizeof arguments <= kArgumentBytes, "the argument block must fit into a launch");
+  const std::int64_t rows = static_cast<std::int64_t>(bucket.tensors.size()) + 1;
+  for (const Launch& launch :
+       plan(bucket, {GradientArguments::kTensors, static_cast<int>(rows), kChunk})) {
+    pack(bucket, launch, partials, arguments);
     run(arguments, launch.first_chunk.back());
   }
 }

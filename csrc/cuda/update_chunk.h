@@ -86,32 +86,45 @@ struct Mixed {
   }
 };
 
+// Calls visit(Storage{}) with the way to the arrays of a format.
+template <class Visit>
+void visit_storage(const Format& format, Visit&& visit) {
+  if (format.all(Dtype::kFloat32)) return visit(Uniform<float>{});
+  if (format.all(Dtype::kBfloat16)) return visit(Uniform<bfloat16>{});
+  visit(Mixed{});
+}
+
 // The arrays of one tensor.
-template <class Functor>
+template <class Functor, bool kWhole>
 struct Arrays {
   static constexpr int kSlots = kFirstState + Functor::kStates;
-  void* slot[kSlots];
+  static constexpr int kPointers = kSlots + kWhole;
+  void* slot[kPointers];
 
-  FUSED_ADAMW_HD Arrays(const LaunchArguments<Functor>& arguments, int tensor) {
+  FUSED_ADAMW_HD Arrays(const LaunchArguments<Functor, kWhole>& arguments, int tensor) {
     FUSED_ADAMW_UNROLL
-    for (int k = 0; k < kSlots; ++k) slot[k] = arguments.slot[k][tensor];
+    for (int k = 0; k < kPointers; ++k) slot[k] = arguments.slot[k][tensor];
   }
+
+  FUSED_ADAMW_HD float* ema() const { return static_cast<float*>(slot[kPointers - 1]); }
 
   FUSED_ADAMW_HD bool aligned() const {
     std::uintptr_t bits = 0;
     FUSED_ADAMW_UNROLL
-    for (int k = 0; k < kSlots; ++k) bits |= reinterpret_cast<std::uintptr_t>(slot[k]);
+    for (int k = 0; k < kPointers; ++k) bits |= reinterpret_cast<std::uintptr_t>(slot[k]);
     return bits % kAccessBytes == 0;
   }
 };
 
 // Elements [begin, end) of one tensor, which are a multiple of kCount, so many at a time by each
 // thread.
-template <int kCount, class Storage, class Functor>
-FUSED_ADAMW_HD void update_range(const Arrays<Functor>& arrays, const Format& format,
-                                 const typename Functor::Coefficients& coefficients,
-                                 std::int64_t begin, std::int64_t end, int thread) {
+template <int kCount, class Storage, class Functor, bool kWhole>
+FUSED_ADAMW_HD void update_range(const LaunchArguments<Functor, kWhole>& arguments,
+                                 const Arrays<Functor, kWhole>& arrays, const Row<Functor>& row,
+                                 std::int64_t begin, std::int64_t end, int thread,
+                                 Observation& observed) {
   constexpr int kStates = Functor::kStates, kSlots = kFirstState + kStates;
+  const Format format = arguments.format;
   FUSED_ADAMW_NO_UNROLL  // the rest of a tensor is not worth the registers
       for (std::int64_t i = begin + thread * kCount; i < end; i += kThreads * kCount) {
     Raw<kCount * Storage::kWidest> raw[kSlots];
@@ -121,6 +134,10 @@ FUSED_ADAMW_HD void update_range(const Arrays<Functor>& arrays, const Format& fo
         using T = decltype(type);
         load<T, kCount>(static_cast<const T*>(arrays.slot[k]) + i, raw[k]);
       });
+    }
+    Raw<kCount * sizeof(float)> raw_ema;
+    if constexpr (kWhole) {
+      if (arguments.has_ema) load<float, kCount>(arrays.ema() + i, raw_ema);
     }
     float value[kSlots][kCount];
     FUSED_ADAMW_UNROLL
@@ -134,7 +151,7 @@ FUSED_ADAMW_HD void update_range(const Arrays<Functor>& arrays, const Format& fo
       StateArray<kStates> state;
       FUSED_ADAMW_UNROLL
       for (int k = 0; k < kStates; ++k) state[k] = value[kFirstState + k][j];
-      Functor::update(coefficients, value[kParam][j], value[kGrad][j], state);
+      Functor::update(row.rule, value[kParam][j], value[kGrad][j] * row.pass.grad_factor, state);
       FUSED_ADAMW_UNROLL
       for (int k = 0; k < kStates; ++k) value[kFirstState + k][j] = state[k];
     }
@@ -146,40 +163,115 @@ FUSED_ADAMW_HD void update_range(const Arrays<Functor>& arrays, const Format& fo
         store(static_cast<decltype(type)*>(arrays.slot[k]) + i, value[k]);
       });
     }
-  }
-}
 
-// The tensor that chunk `block` belongs to: the last one that starts at or before it.
-template <class Functor>
-FUSED_ADAMW_HD int tensor_of(const LaunchArguments<Functor>& arguments, std::uint32_t block) {
-  int low = 0, high = arguments.tensors;
-  while (high - low > 1) {
-    const int middle = (low + high) / 2;
-    if (arguments.first_chunk[middle] <= block) {
-      low = middle;
-    } else {
-      high = middle;
+    if constexpr (kWhole) {
+      if (arguments.has_ema || arguments.observed != nullptr) {  // they follow what was stored
+        Storage::with_type(format.param, [&](auto type) {
+          using T = decltype(type);
+          FUSED_ADAMW_UNROLL
+          for (int j = 0; j < kCount; ++j) value[kParam][j] = to_float(from_float<T>(value[kParam][j]));
+        });
+      }
+      if (arguments.observed != nullptr) {
+        float before[kCount];
+        Storage::with_type(format.param,
+                           [&](auto type) { widen<decltype(type)>(raw[kParam], before); });
+        FUSED_ADAMW_UNROLL
+        for (int j = 0; j < kCount; ++j) {
+          observed = observed + observe(value[kGrad][j], before[j], value[kParam][j]);
+        }
+      }
+      if (arguments.has_ema) {
+        float ema[kCount];
+        widen<float>(raw_ema, ema);
+        FUSED_ADAMW_UNROLL
+        for (int j = 0; j < kCount; ++j) {
+          ema[j] = averaged(ema[j], value[kParam][j], row.pass.ema_weight);
+        }
+        store(arrays.ema() + i, ema);
+      }
+      if (arguments.zero_grads) {
+        const float zero[kCount] = {};
+        Storage::with_type(format.grad, [&](auto type) {
+          store(static_cast<decltype(type)*>(arrays.slot[kGrad]) + i, zero);
+        });
+      }
     }
   }
-  return low;
 }
 
-template <class Functor, class Storage>
-FUSED_ADAMW_HD void update_chunk(const LaunchArguments<Functor>& arguments, std::uint32_t block,
-                                 int thread) {
+// What thread `thread` of block `block` does; returns what it observed.
+template <class Functor, class Storage, bool kWhole>
+FUSED_ADAMW_HD Observation update_chunk(const LaunchArguments<Functor, kWhole>& arguments,
+                                        std::uint32_t block, int thread) {
   const int tensor = tensor_of(arguments, block);
   const std::int64_t begin =
       static_cast<std::int64_t>(block - arguments.first_chunk[tensor]) * kChunk;
   const std::int64_t left = arguments.numel[tensor] - begin;
   const std::int64_t end = begin + (left < kChunk ? left : kChunk);
-  const typename Functor::Coefficients coefficients = arguments.rows[arguments.row[tensor]];
+  const Row<Functor> row = arguments.rows[arguments.row[tensor]];
 
-  const Arrays<Functor> arrays(arguments, tensor);
+  const Arrays<Functor, kWhole> arrays(arguments, tensor);
   // Whole packs, and what is left of the tensor, or all of one that is not aligned.
   constexpr int kPack = Storage::kPerThread;
   const std::int64_t rest = arrays.aligned() ? begin + (end - begin) / kPack * kPack : begin;
-  update_range<kPack, Storage>(arrays, arguments.format, coefficients, begin, rest, thread);
-  update_range<1, Storage>(arrays, arguments.format, coefficients, rest, end, thread);
+  Observation observed{};
+  update_range<kPack, Storage>(arguments, arrays, row, begin, rest, thread, observed);
+  update_range<1, Storage>(arguments, arrays, row, rest, end, thread, observed);
+  return observed;
+}
+
+// Where the block's observation goes.
+template <class Functor, bool kWhole>
+FUSED_ADAMW_HD Observation& observation_of(const LaunchArguments<Functor, kWhole>& arguments,
+                                           std::uint32_t block) {
+  const int tensor = tensor_of(arguments, block);
+  return arguments.observed[arguments.chunk[tensor] + (block - arguments.first_chunk[tensor])];
+}
+
+// One lane of a segment's squares: [note: square sums].
+template <class T>
+FUSED_ADAMW_HD double lane_square_sum(const T* grad, std::int64_t count, int lane) {
+  double sum = 0.0;
+  if (count == kSegment) {
+    constexpr int kRounds = kSegment / kLanes, kAtOnce = 16;  // loads under way
+    FUSED_ADAMW_NO_UNROLL
+    for (int round = 0; round < kRounds; round += kAtOnce) {
+      T loaded[kAtOnce];
+      FUSED_ADAMW_UNROLL
+      for (int k = 0; k < kAtOnce; ++k) loaded[k] = grad[(round + k) * kLanes + lane];
+      FUSED_ADAMW_UNROLL
+      for (int k = 0; k < kAtOnce; ++k) sum += square(to_float(loaded[k]));
+    }
+  } else {
+    for (std::int64_t i = lane; i < count; i += kLanes) sum += square(to_float(grad[i]));
+  }
+  return sum;
+}
+
+// What thread `thread` of block `block` adds up.
+FUSED_ADAMW_HD double chunk_square_sum(const GradientArguments& arguments, std::uint32_t block,
+                                       int thread) {
+  const int tensor = tensor_of(arguments, block);
+  const std::int64_t begin =
+      static_cast<std::int64_t>(block - arguments.first_chunk[tensor]) * kChunk +
+      thread / kLanes * kSegment;
+  const std::int64_t left = arguments.numel[tensor] - begin;
+  if (left <= 0) return 0.0;
+  const std::int64_t count = left < kSegment ? left : kSegment;
+  double sum = 0.0;
+  Mixed::with_type(arguments.dtype, [&](auto type) {
+    using T = decltype(type);
+    sum = lane_square_sum(static_cast<const T*>(arguments.grad[tensor]) + begin, count,
+                          thread % kLanes);
+  });
+  return sum;
+}
+
+// Where the block's sum goes.
+FUSED_ADAMW_HD double& square_sum_of(const GradientArguments& arguments, std::uint32_t block) {
+  const int tensor = tensor_of(arguments, block);
+  return arguments.partials[arguments.chunk[tensor] + (block - arguments.first_chunk[tensor])];
 }
 
 }  // namespace fused_adamw::cuda

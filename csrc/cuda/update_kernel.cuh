@@ -7,6 +7,7 @@
 
 #include "cuda/check.h"
 #include "cuda/kernels.h"
+#include "cuda/reduce.cuh"
 #include "cuda/update_chunk.h"
 #include "rules/registry.h"
 
@@ -23,30 +24,45 @@ constexpr int kMostBlocks = 4;  // of 256 threads; later multiprocessors hold 6 
 constexpr int kMostBlocks = 6;
 #endif
 
-template <class Functor, class Storage>
+template <class Functor, class Storage, bool kWhole>
 constexpr int blocks_per_multiprocessor() {
-  const int arrays = kFirstState + Functor::kStates + std::is_same_v<Storage, Mixed>;
+  // The average is one array more, and the sums of an observation take as much as another.
+  const int arrays =
+      kFirstState + Functor::kStates + std::is_same_v<Storage, Mixed> + 2 * kWhole;
   return arrays > 4 ? 3 : arrays > 2 ? 4 : kMostBlocks;
 }
 
-template <class Functor, class Storage>
-__global__ void __launch_bounds__(kThreads, (blocks_per_multiprocessor<Functor, Storage>()))
-    update_kernel(const __grid_constant__ LaunchArguments<Functor> arguments) {
-  update_chunk<Functor, Storage>(arguments, blockIdx.x, static_cast<int>(threadIdx.x));
+template <class Functor, class Storage, bool kWhole>
+__global__ void __launch_bounds__(kThreads, (blocks_per_multiprocessor<Functor, Storage, kWhole>()))
+    update_kernel(const __grid_constant__ LaunchArguments<Functor, kWhole> arguments) {
+  const Observation observed = update_chunk<Functor, Storage>(arguments, blockIdx.x,
+                                                              static_cast<int>(threadIdx.x));
+  if constexpr (kWhole) {
+    if (arguments.observed == nullptr) return;
+    const Observation sum = fold_block(observed);
+    if (threadIdx.x == 0) observation_of(arguments, blockIdx.x) = sum;
+  }
 }
 
-// Launches every piece of the bucket and returns their number.
+template <class Functor, class Storage, bool kWhole>
+int launch_kernels(const Bucket& bucket, cudaStream_t stream) {
+  int launches = 0;
+  LaunchArguments<Functor, kWhole> arguments;
+  for_each_launch(bucket, arguments, [&](const auto& launch, std::uint32_t blocks) {
+    update_kernel<Functor, Storage, kWhole><<<blocks, kThreads, 0, stream>>>(launch);
+    check(cudaGetLastError(), "launching the update kernel");
+    ++launches;
+  });
+  return launches;
+}
+
 template <class Storage>
 int launch_bucket(const Bucket& bucket, cudaStream_t stream) {
   int launches = 0;
   visit_functor(bucket.functor, [&](auto functor) {
     using Functor = decltype(functor);
-    LaunchArguments<Functor> arguments;
-    for_each_launch<Functor>(bucket, arguments, [&](const auto& launch, std::uint32_t blocks) {
-      update_kernel<Functor, Storage><<<blocks, kThreads, 0, stream>>>(launch);
-      check(cudaGetLastError(), "launching the update kernel");
-      ++launches;
-    });
+    launches = bucket.is_plain() ? launch_kernels<Functor, Storage, false>(bucket, stream)
+                                 : launch_kernels<Functor, Storage, true>(bucket, stream);
   });
   return launches;
 }

@@ -20,7 +20,7 @@ class Hyperparameters {
       : rule(rule), values(std::move(values)) {
     for (std::size_t i = 0; i < rule.fields.size(); ++i) check(rule.fields[i], this->values[i]);
     functor = rule.functor(this->values.data());
-    const FunctorInfo info = functor_info(functor);
+    const FunctorInfo& info = functor_info(functor);
     states = info.states;
     coefficients = info.coefficients;
   }

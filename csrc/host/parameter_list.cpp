@@ -5,6 +5,7 @@
 #include <tuple>
 
 #include "core/float_environment.h"
+#include "core/square_sum.h"
 
 // [note: host time] A step over a thousand tensors spends its host time here, so the loop in
 // gather() uses the plain C API. A gradient costs one attribute read and one exchange-table call. A
@@ -121,11 +122,8 @@ void ParameterList::register_state(Entry& entry, std::size_t i, py::dict state) 
     return value;
   };
 
-  entry.states = static_cast<int>(names.size());
-  entry.state_dtype = entry.dtype;
-  entry.fresh = registration_.fresh[i].cast<bool>();
-  for (int k = 0; k < entry.states; ++k) {
-    const py::str key = names[static_cast<std::size_t>(k)];
+  // An array of the parameter's shape, brought to its strides.
+  const auto read_array = [&](const py::str& key, const char* accepted, auto&& accepts) {
     const std::string name = key;
     PyObject* value = read(name);
     if (!(tensor.device == entry.device)) {
@@ -139,18 +137,36 @@ void ParameterList::register_state(Entry& entry, std::size_t i, py::dict state) 
                shape_name(tensor.ndim, tensor.shape));
     }
     Dtype dtype;
-    if (!to_dtype(tensor.dtype, dtype) || (k > 0 && dtype != entry.state_dtype)) {
+    if (!to_dtype(tensor.dtype, dtype) || !accepts(dtype)) {
       fail(PyExc_TypeError, entry,
-           "has a state '" + name + "' of dtype " + dtype_name(value) +
-               "; accepted: float32, bfloat16 or float16, the same for every state");
+           "has a state '" + name + "' of dtype " + dtype_name(value) + "; accepted: " + accepted);
     }
-    entry.state_dtype = dtype;
     if (!same_strides(entry, tensor)) {
       state[key] = registration_.restride(py::handle(value), py::handle(entry.param));
       value = read(name);
     }
     keep(value);
-    entry.state[k] = {value, address(tensor)};
+    return StateMemory<void>{value, address(tensor)};
+  };
+
+  entry.states = static_cast<int>(names.size());
+  entry.state_dtype = entry.dtype;
+  entry.fresh = registration_.fresh[i].cast<bool>();
+  for (int k = 0; k < entry.states; ++k) {
+    const py::str key = names[static_cast<std::size_t>(k)];
+    entry.state[k] = read_array(
+        key, "float32, bfloat16 or float16, the same for every state", [&](Dtype dtype) {
+          if (k == 0) entry.state_dtype = dtype;
+          return dtype == entry.state_dtype;
+        });
+  }
+
+  const py::object average = registration_.averages[i];
+  if (!average.is_none()) {
+    const StateMemory<void> ema =
+        read_array(average, "float32", [](Dtype dtype) { return dtype == Dtype::kFloat32; });
+    entry.ema = {ema.object, static_cast<float*>(ema.memory)};
+    entry.unaveraged = registration_.unaveraged[i].cast<bool>();
   }
 
   const auto read_scalar = [&](const std::string& name, int bits) {
@@ -238,15 +254,21 @@ bool ParameterList::matches(const py::list& param_lists, const py::dict& states)
 }
 
 bool ParameterList::gather(const std::vector<const Hyperparameters*>& groups,
-                           const std::optional<py::list>& grads, bool is_state_held) {
+                           const std::optional<py::list>& grads, bool is_state_held,
+                           const StepOptions& options) {
   if (held_.empty()) hold();
-  temporaries_ = py::list();
+  release();
+  options_ = options;
   updated_.clear();
   routes_.clear();
+  chunks_ = 0;
+  chunk_runs_.clear();
   for (const auto& bucket : buckets_) {
     bucket->tensors.clear();
     bucket->coefficients.clear();
     bucket->numel = 0;
+    bucket->zero_grads = options.zero_grads;
+    bucket->observed = nullptr;
   }
 
   const Route* route = nullptr;
@@ -283,15 +305,45 @@ bool ParameterList::gather(const std::vector<const Hyperparameters*>& groups,
     for (int k = 0; k < entry.states; ++k) {
       tensor.slot[kFirstState + k] = entry.state[k].memory;
     }
+    tensor.ema = entry.ema.memory;
     tensor.numel = entry.numel;
     tensor.row = route->row;
+    tensor.chunk = chunks_;
     tensor.group = entry.group;
     tensor.step = at.t;
     tensor.scalar = at.scalar;
     route->bucket->numel += entry.numel;
     updated_.emplace_back(i, route);
+    count_chunks(entry);
+    if (options.zero_grads) zeroed_.append(grad);
   }
+  if (options.zero_grads) check_gradients_disjoint();
   return true;
+}
+
+void ParameterList::count_chunks(const Entry& entry) {
+  const std::int64_t count = chunks_of(entry.numel);
+  if (chunk_runs_.empty() || chunk_runs_.back().group != entry.group) {
+    chunk_runs_.push_back({entry.group, chunks_, 0});
+  }
+  chunk_runs_.back().count += count;
+  chunks_ += count;
+}
+
+void ParameterList::set_grad_factor(float factor) {
+  for (const auto& bucket : buckets_) {
+    for (int row = 0; row < bucket->rows(); ++row) bucket->pass(row).grad_factor = factor;
+  }
+}
+
+void ParameterList::set_observed(double* observed) {
+  for (const auto& bucket : buckets_) bucket->observed = observed;
+}
+
+void ParameterList::release() {
+  for (py::list* list : {&temporaries_, &zeroed_, &restrided_}) {
+    if (!list->empty()) *list = py::list();
+  }
 }
 
 // Where no steps are counted a rule only asks whether this is the first.
@@ -316,7 +368,8 @@ void ParameterList::prefetch(const Entry& entry) {
 
 bool ParameterList::Route::fits(const Entry& entry, Dtype grad_dtype,
                                 const Position& position) const {
-  return position == at && entry.group == group && grad_dtype == bucket->format.grad &&
+  return position == at && entry.group == group && entry.unaveraged == unaveraged &&
+         grad_dtype == bucket->format.grad &&
          entry.dtype == bucket->format.param && entry.state_dtype == bucket->format.state &&
          entry.device.type == bucket->device_type && entry.device.index == bucket->device_index;
 }
@@ -325,15 +378,17 @@ const ParameterList::Route& ParameterList::route_of(const Entry& entry,
                                                     const Hyperparameters& group, Dtype grad_dtype,
                                                     const Position& at) {
   Bucket& bucket = bucket_for(entry, group.functor, {entry.dtype, grad_dtype, entry.state_dtype});
-  bucket.coefficients_per_row = group.coefficients;
+  bucket.coefficients_per_row = group.coefficients + kPassCoefficients;
   const auto [found, is_new] = routes_.try_emplace(
-      {&bucket, entry.group, at.t, at.scalar}, Route{&bucket, entry.group, at, 0.0, bucket.rows()});
+      {&bucket, entry.group, entry.unaveraged, at.t, at.scalar},
+      Route{&bucket, entry.group, entry.unaveraged, at, 0.0, bucket.rows()});
   if (is_new) {
     const std::size_t size = bucket.coefficients.size();
     bucket.coefficients.resize(size + static_cast<std::size_t>(bucket.coefficients_per_row));
     const DefaultFloatEnvironment environment;
     Position after = at;
     group.coefficients_at(after, bucket.coefficients.data() + size);
+    bucket.pass(found->second.row) = {1.0f, entry.unaveraged ? 1.0f : options_.ema_weight};
     found->second.scalar = after.scalar;
   }
   return found->second;
@@ -357,8 +412,15 @@ void* ParameterList::read_gradient(const Entry& entry, PyObject* grad, Dtype& dt
   }
   if (!same_strides(entry, tensor)) {
     const py::object copy = registration_.restride(py::handle(grad), py::handle(entry.param));
+    if (options_.zero_grads && !is_dense(tensor.ndim, tensor.shape, tensor.strides)) {
+      fail(PyExc_ValueError, entry,
+           "has a gradient with strides " + shape_name(tensor.ndim, tensor.strides) +
+               " for shape " + shape_of(entry) +
+               "; accepted with zero_grads: dense memory without gaps or overlap");
+    }
     if (!view(copy.ptr(), tensor)) throw py::error_already_set();
     temporaries_.append(copy);
+    if (options_.zero_grads) restrided_.append(py::handle(grad));
   }
   return address(tensor);
 }
@@ -391,7 +453,7 @@ bool ParameterList::states_unchanged(const Entry& entry, bool is_held) const {
   for (int k = 0; k < entry.states; ++k) {
     if (!same(entry.state[k])) return false;
   }
-  return same(entry.step) && same(entry.scalar);
+  return same(entry.step) && same(entry.scalar) && same(entry.ema);
 }
 
 bool ParameterList::same_shape(const Entry& entry, const dlpack::Tensor& tensor) const {
@@ -414,8 +476,9 @@ bool ParameterList::same_strides(const Entry& entry, const dlpack::Tensor& tenso
 }
 
 Bucket& ParameterList::bucket_for(const Entry& entry, int functor, const Format& format) {
+  const bool has_ema = entry.ema.object != nullptr;
   for (const auto& bucket : buckets_) {
-    if (bucket->functor == functor && bucket->format == format &&
+    if (bucket->functor == functor && bucket->format == format && bucket->has_ema == has_ema &&
         bucket->device_type == entry.device.type && bucket->device_index == entry.device.index) {
       return *bucket;
     }
@@ -428,6 +491,8 @@ Bucket& ParameterList::bucket_for(const Entry& entry, int functor, const Format&
   auto bucket = std::make_unique<Bucket>();
   bucket->functor = functor;
   bucket->format = format;
+  bucket->has_ema = has_ema;
+  bucket->zero_grads = options_.zero_grads;
   bucket->device_type = entry.device.type;
   bucket->device_index = entry.device.index;
   buckets_.push_back(std::move(bucket));
@@ -451,6 +516,8 @@ int ParameterList::traverse(visitproc visit, void* arg) const {
   Py_VISIT(registration_.increment_version.ptr());
   Py_VISIT(kept_.ptr());
   Py_VISIT(temporaries_.ptr());
+  Py_VISIT(zeroed_.ptr());
+  Py_VISIT(restrided_.ptr());
   return 0;
 }
 
@@ -464,6 +531,7 @@ void ParameterList::commit(const Bucket& bucket) {
     if (entry.step.memory) *entry.step.memory += 1.0f;
     if (entry.scalar.memory) *entry.scalar.memory = route->scalar;
     entry.fresh = false;
+    entry.unaveraged = false;
     if (!all) params.append(py::handle(entry.param));
   }
   registration_.increment_version(params);
@@ -485,6 +553,7 @@ void ParameterList::check_overlaps() {
     };
     add(entry.data, entry.dtype);
     for (int k = 0; k < entry.states; ++k) add(entry.state[k].memory, entry.state_dtype);
+    if (entry.ema.object != nullptr) add(entry.ema.memory, Dtype::kFloat32);
   }
   std::sort(ranges_.begin(), ranges_.end(),
             [](const Range& x, const Range& y) { return x.before(y); });
@@ -512,6 +581,31 @@ void ParameterList::check_gradient_memory(const Entry& entry, const void* grad, 
   fail(PyExc_ValueError, entry,
        "has a gradient that shares memory with " + label_of(*last.entry) +
            " or its states; accepted: a gradient with memory of its own");
+}
+
+// A gradient that is zeroed once it has been read must not be another's too.
+void ParameterList::check_gradients_disjoint() {
+  std::vector<const void*> found;
+  for (const auto& [i, route] : updated_) found.push_back(entries_[i].checked_grad);
+  if (found == disjoint_) return;
+  disjoint_.clear();
+  std::vector<Range> ranges;
+  for (const auto& [i, route] : updated_) {
+    const Entry& entry = entries_[i];
+    const auto* begin = static_cast<const char*>(entry.checked_grad);
+    if (entry.numel == 0) continue;
+    ranges.push_back({begin, begin + entry.numel * element_size(entry.checked_grad_dtype), &entry});
+  }
+  std::sort(ranges.begin(), ranges.end(),
+            [](const Range& x, const Range& y) { return x.before(y); });
+  for (std::size_t k = 1; k < ranges.size(); ++k) {
+    const Range &previous = ranges[k - 1], &next = ranges[k];
+    if (!(previous.entry->device == next.entry->device) || next.begin >= previous.end) continue;
+    fail(PyExc_ValueError, *next.entry,
+         "has a gradient that shares memory with that of " + label_of(*previous.entry) +
+             "; accepted with zero_grads: gradients with memory of their own");
+  }
+  disjoint_ = std::move(found);
 }
 
 std::string ParameterList::label_of(const Entry& entry) const {

@@ -28,6 +28,8 @@ struct Registration {
   py::list counts;      // whether its state has a 'step'
   py::list scalars;     // the key of what its rule carries from step to step, or None
   py::list fresh;       // whether its state has been created for this step
+  py::list averages;    // the key of its exponential moving average, or None
+  py::list unaveraged;  // whether its average begins with its next step
   py::list active;      // whether it can have a gradient; what cannot may be of any kind
   py::list groups;      // index of its param group
   py::list labels;      // how messages call it: "parameter 3 ('head.weight')"
@@ -39,6 +41,17 @@ struct Registration {
 struct GradientReader {
   getter get = nullptr;
   void* closure = nullptr;
+};
+
+// What a step does beside its rule.
+struct StepOptions {
+  float ema_weight = 1.0f;  // of the new parameters in their averages
+  bool zero_grads = false;
+};
+
+// Chunks [begin, begin + count) of the list, of one param group.
+struct ChunkRun {
+  std::int64_t group, begin, count;
 };
 
 // A state's memory, and the object whose it was.
@@ -66,7 +79,22 @@ class ParameterList {
   // parameter has its first gradient, or has been given other memory. `is_state_held`: someone else
   // has the dict of states.
   bool gather(const std::vector<const Hyperparameters*>& groups,
-              const std::optional<py::list>& grads, bool is_state_held);
+              const std::optional<py::list>& grads, bool is_state_held,
+              const StepOptions& options);
+
+  // Of the gradients that gather() found: the number of their chunks ([note: square sums]), those
+  // of each group, and with zero_grads the tensors, and which of them were read as copies.
+  std::int64_t chunks() const { return chunks_; }
+  const std::vector<ChunkRun>& chunk_runs() const { return chunk_runs_; }
+  py::list zeroed() const { return zeroed_; }
+  py::list restrided() const { return restrided_; }
+
+  // Completes the buckets: the factor of every gradient; where the chunks' observations go.
+  void set_grad_factor(float factor);
+  void set_observed(double* observed);
+
+  // Ends the references to what only this step needs.
+  void release();
 
   // For Python's cycle collector: visits what is referenced; ends the references held in C++, which
   // the next step takes again. See [note: holding].
@@ -100,7 +128,9 @@ class ParameterList {
     StateMemory<void> state[kMaxStates];
     StateMemory<float> step;     // null where the rule counts none
     StateMemory<double> scalar;  // likewise
+    StateMemory<float> ema;      // null where there is none
     bool fresh;
+    bool unaveraged;
     const void* checked_grad;  // the gradient's memory when it was last found to be its own
     Dtype checked_grad_dtype;
   };
@@ -117,6 +147,7 @@ class ParameterList {
   struct Route {
     Bucket* bucket;
     int group;
+    bool unaveraged;
     Position at;
     double scalar;  // after the step
     std::int32_t row;
@@ -142,8 +173,10 @@ class ParameterList {
   const Route& route_of(const Entry& entry, const Hyperparameters& group, Dtype grad_dtype,
                         const Position& at);
   Bucket& bucket_for(const Entry& entry, int functor, const Format& format);
+  void count_chunks(const Entry& entry);
   void check_gradient_memory(const Entry& entry, const void* grad, Dtype dtype) const;
   void check_overlaps();
+  void check_gradients_disjoint();
   std::string label_of(const Entry& entry) const;
   std::string shape_of(const Entry& entry) const;
   [[noreturn]] void refuse(PyObject* exception, const Entry& entry, const std::string& what,
@@ -160,9 +193,14 @@ class ParameterList {
 
   // Of the current step.
   std::vector<std::unique_ptr<Bucket>> buckets_;
-  std::map<std::tuple<const Bucket*, int, std::int64_t, double>, Route> routes_;
+  StepOptions options_;
+  std::map<std::tuple<const Bucket*, int, bool, std::int64_t, double>, Route> routes_;
   std::vector<std::pair<std::size_t, const Route*>> updated_;
   py::list temporaries_;
+  py::list zeroed_, restrided_;
+  std::int64_t chunks_ = 0;
+  std::vector<ChunkRun> chunk_runs_;
+  std::vector<const void*> disjoint_;  // gradients that were last found not to overlap
 };
 
 }  // namespace fused_adamw::host

@@ -1,11 +1,8 @@
 // Every rule there is, and every functor that the engines are compiled for.
 #pragma once
 
-#include <array>
 #include <cstdint>
 #include <cstring>
-#include <string>
-#include <type_traits>
 #include <vector>
 
 #include "rules/adadelta.h"
@@ -29,7 +26,6 @@ template <class... T>
 constexpr int count(Types<T...>) {
   return sizeof...(T);
 }
-constexpr int kFunctors = count(Functors{});
 
 // Calls visit(Functor{}) with the `index`-th of Functors.
 template <class Visit, class... Functor>
@@ -104,15 +100,21 @@ inline const std::vector<RuleInfo>& rule_infos() {
   return infos;
 }
 
-inline FunctorInfo functor_info(int index) {
-  FunctorInfo info{};
-  visit_functor(index, [&](auto functor) {
-    using Functor = decltype(functor);
-    info = {Functor::kName, std::vector<bool>(Functor::kOptions.begin(), Functor::kOptions.end()),
-            Functor::kStates,
-            static_cast<int>(sizeof(typename Functor::Coefficients) / sizeof(float))};
-  });
-  return info;
+namespace detail {
+
+template <class... Functor>
+std::vector<FunctorInfo> describe_functors(Types<Functor...>) {
+  return {FunctorInfo{
+      Functor::kName, std::vector<bool>(Functor::kOptions.begin(), Functor::kOptions.end()),
+      Functor::kStates,
+      static_cast<int>(sizeof(typename Functor::Coefficients) / sizeof(float))}...};
+}
+
+}  // namespace detail
+
+inline const FunctorInfo& functor_info(int index) {
+  static const std::vector<FunctorInfo> infos = detail::describe_functors(Functors{});
+  return infos.at(static_cast<std::size_t>(index));
 }
 
 }  // namespace fused_adamw

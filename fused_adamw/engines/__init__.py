@@ -1,20 +1,19 @@
 """Which engines there are, why one is absent, and which one a tensor gets.
 
-An engine is a function that runs one bucket: tensors of one rule, storage format and device.
+An engine runs one bucket: tensors of one rule, storage format and device.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import TypeAlias
+from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from fused_adamw import _C
 from fused_adamw.engines import reference, triton
-
-Run: TypeAlias = Callable[[_C.Bucket, Sequence[_C.Hyperparameters]], object]
 
 ENGINES = ("cpu", "cuda", "triton", "reference")
 
@@ -22,33 +21,55 @@ ENGINES = ("cpu", "cuda", "triton", "reference")
 _DEVICE_TYPES = {1: "cpu", 2: "cuda"}
 
 
-def _run_cpu(bucket: _C.Bucket, hyperparameters: Sequence[_C.Hyperparameters]) -> None:
-    _C.update_cpu(bucket, torch.get_num_threads())
+class Engine(NamedTuple):
+    """What runs a bucket.
+
+    Attributes:
+        update: the whole step, of a bucket and the hyperparameters of each param group.
+        square_sums: writes the sum of squares of every chunk of the bucket's gradients to the
+            chunk's place in float64 [chunks of the list, 1]; see [note: square sums].
+    """
+
+    update: Callable[[_C.Bucket, Sequence[_C.Hyperparameters]], object]
+    square_sums: Callable[[_C.Bucket, Tensor], object]
 
 
-def _run_cuda(bucket: _C.Bucket, hyperparameters: Sequence[_C.Hyperparameters]) -> None:
-    _C.update_cuda(bucket)
+_CPU = Engine(
+    lambda bucket, hyperparameters: _C.update_cpu(bucket, torch.get_num_threads()),
+    lambda bucket, partials: _C.square_sums_cpu(
+        bucket, partials.data_ptr(), torch.get_num_threads()
+    ),
+)
+_CUDA = Engine(
+    lambda bucket, hyperparameters: _C.update_cuda(bucket),
+    lambda bucket, partials: _C.square_sums_cuda(bucket, partials.data_ptr()),
+)
+_TRITON = Engine(
+    lambda bucket, hyperparameters: _C.in_default_float_environment(
+        lambda: triton.run(bucket, device_of(bucket))
+    ),
+    lambda bucket, partials: _C.in_default_float_environment(
+        lambda: triton.square_sums(bucket, partials)
+    ),
+)
+_REFERENCE = Engine(
+    lambda bucket, hyperparameters: _C.in_default_float_environment(
+        lambda: reference.run(bucket, hyperparameters)
+    ),
+    lambda bucket, partials: reference.square_sums(bucket, partials.numpy()),
+)
+# The CUDA kernels' bodies played on the host, thread by thread: for tests, so not in ENGINES.
+_CUDA_ON_HOST = Engine(
+    lambda bucket, hyperparameters: _C.update_cuda_on_host(bucket),
+    lambda bucket, partials: _C.square_sums_cuda_on_host(bucket, partials.data_ptr()),
+)
 
-
-def _run_triton(bucket: _C.Bucket, hyperparameters: Sequence[_C.Hyperparameters]) -> None:
-    _C.in_default_float_environment(lambda: triton.run(bucket, device_of(bucket)))
-
-
-def _run_reference(bucket: _C.Bucket, hyperparameters: Sequence[_C.Hyperparameters]) -> None:
-    _C.in_default_float_environment(lambda: reference.run(bucket, hyperparameters))
-
-
-def _run_cuda_on_host(bucket: _C.Bucket, hyperparameters: Sequence[_C.Hyperparameters]) -> None:
-    _C.update_cuda_on_host(bucket)
-
-
-_RUN: dict[str, Run] = {
-    "cpu": _run_cpu,
-    "cuda": _run_cuda,
-    "triton": _run_triton,
-    "reference": _run_reference,
-    # The CUDA kernel's body played on the host, thread by thread: for tests, so not in ENGINES.
-    "cuda-on-host": _run_cuda_on_host,
+_BY_NAME = {
+    "cpu": _CPU,
+    "cuda": _CUDA,
+    "triton": _TRITON,
+    "reference": _REFERENCE,
+    "cuda-on-host": _CUDA_ON_HOST,
 }
 
 
@@ -86,7 +107,7 @@ def available_engines() -> list[str]:
 
 def check_engine(engine: str) -> None:
     """Raises ``ValueError`` for an unknown engine, ``RuntimeError`` for one that is absent here."""
-    if engine == "auto" or (engine in _RUN and engine not in ENGINES):
+    if engine == "auto" or (engine in _BY_NAME and engine not in ENGINES):
         return
     status = engine_status()
     if engine not in status:
@@ -96,8 +117,8 @@ def check_engine(engine: str) -> None:
         raise RuntimeError(f"engine {engine!r} is not available: {reason}")
 
 
-def engine_for(engine: str, bucket: _C.Bucket) -> Run:
-    """The function that runs a bucket.
+def engine_for(engine: str, bucket: _C.Bucket) -> Engine:
+    """The engine for a bucket.
 
     Args:
         engine: a checked engine name. ``"auto"`` takes ``"cpu"`` for host memory and for CUDA
@@ -113,12 +134,12 @@ def engine_for(engine: str, bucket: _C.Bucket) -> Run:
         status = engine_status()
         for name in choices:
             if status[name] is None:
-                return _RUN[name]
+                return _BY_NAME[name]
         reasons = "; ".join(f"{name}: {status[name]}" for name in choices)
         raise RuntimeError(f"no engine for tensors on {device}: {reasons}")
     if not _works_on(engine, device):
         raise RuntimeError(f"engine {engine!r} does not work on tensors on {device}")
-    return _RUN[engine]
+    return _BY_NAME[engine]
 
 
 def _works_on(engine: str, device: torch.device) -> bool:

@@ -33,7 +33,7 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no GPU"),
 ]
 
-CHUNK = _C.CUDA_CHUNK
+CHUNK = _C.CHUNK
 # Around the width of every access, a block's width in elements, Triton's tile and CUDA's chunk.
 EDGES = (4, 8, 16, 32, 256, 1024, 2048, 4096, CHUNK, 3 * CHUNK)
 MANY = 2**31

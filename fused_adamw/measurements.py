@@ -1,0 +1,147 @@
+"""What a step measures: the norm of the gradients, and telemetry."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from fused_adamw import _C
+from fused_adamw.engines import Engine, device_of
+from fused_adamw.whole_step import StepOptions
+
+
+class GroupTelemetry(NamedTuple):
+    """What a step did to a param group; the norms are rounded to float32.
+
+    Attributes:
+        grad_norm: of the gradients, unscaled and not clipped.
+        update_norm: of the change of the parameters as they are stored.
+        param_norm: of the parameters after the step.
+        nonfinite_grads: number of gradients that are infinite or NaN.
+        lost_fraction: out of all parameters, those that the step left as they were though their
+            gradient is not zero: the update was rounded to nothing.
+    """
+
+    grad_norm: float
+    update_norm: float
+    param_norm: float
+    nonfinite_grads: int
+    lost_fraction: float
+
+
+@dataclass(frozen=True)
+class _Observed:
+    sums: Tensor  # float64 [chunks, fields of core/pass.h's Observation]
+    runs: _C.ChunkRuns
+    numels: list[int]  # of each param group
+    grad_scale: float
+
+
+class Measurements:
+    """Of an optimizer, the latest.
+
+    Attributes:
+        grad_norm: of all gradients, unscaled: float32 []; None before the first.
+    """
+
+    def __init__(self) -> None:
+        self.grad_norm: Tensor | None = None
+        self._observed: _Observed | None = None
+
+    def measure_norm(
+        self,
+        native: _C.ParameterList,
+        engines: Sequence[Engine],
+        buckets: Sequence[_C.Bucket],
+        groups: int,
+        options: StepOptions,
+    ) -> float:
+        """The norm of all unscaled gradients of `groups` param groups. See [note: square sums]."""
+        partials = _columns(native, buckets, 1)
+        for engine, bucket in zip(engines, buckets, strict=True):
+            engine.square_sums(bucket, partials[device_of(bucket)])
+        total = 0.0
+        for sums in partials.values():  # of a chunk on another device there is a zero
+            for square in _folded(sums, native.chunk_runs, groups)[:, 0].tolist():
+                total += square
+        for group in options.norm_process_groups:
+            total = _sum_over_ranks(total, group)
+        norm = math.sqrt(total) / options.grad_scale  # of a NaN it is a NaN
+        device = next(iter(partials), torch.device("cpu"))
+        self.grad_norm = torch.tensor(norm, dtype=torch.float32, device=device)
+        return norm
+
+    def observe(
+        self,
+        native: _C.ParameterList,
+        buckets: Sequence[_C.Bucket],
+        groups: int,
+        grad_scale: float,
+    ) -> None:
+        """Has the buckets observed as they are updated."""
+        columns = _columns(native, buckets, _C.OBSERVED)
+        if len(columns) > 1:
+            raise RuntimeError("telemetry: found parameters on several devices, accepted: on one")
+        numels = [0] * groups
+        for bucket in buckets:
+            for group, numel in zip(bucket.groups.tolist(), bucket.numels.tolist(), strict=True):
+                numels[group] += numel
+        for sums in columns.values():
+            native.set_observed(sums.data_ptr())
+            self._observed = _Observed(sums, native.chunk_runs, numels, grad_scale)
+
+    def telemetry(self) -> list[GroupTelemetry] | None:
+        """Of each param group at the last step that was observed; None before."""
+        observed = self._observed
+        if observed is None:
+            return None
+        sums = _folded(observed.sums, observed.runs, len(observed.numels)).tolist()
+        return [
+            GroupTelemetry(
+                _norm(grad) / observed.grad_scale,
+                _norm(update),
+                _norm(param),
+                int(nonfinite),
+                lost / numel if numel else 0.0,
+            )
+            for (grad, update, param, nonfinite, lost), numel in zip(
+                sums, observed.numels, strict=True
+            )
+        ]
+
+
+def _norm(square: float) -> float:
+    """Rounded to float32: the order of the sums differs between engines, in the last bits."""
+    return float(np.float32(np.sqrt(square)))
+
+
+def _columns(
+    native: _C.ParameterList, buckets: Sequence[_C.Bucket], count: int
+) -> dict[torch.device, Tensor]:
+    """On each device `count` sums for each chunk of the list: float64 [chunks, count]."""
+    devices = dict.fromkeys(map(device_of, buckets))
+    make = torch.empty if len(devices) == 1 else torch.zeros  # where a chunk is on another
+    return {
+        device: make(native.chunks, count, dtype=torch.float64, device=device)
+        for device in devices
+    }
+
+
+def _folded(sums: Tensor, runs: _C.ChunkRuns, groups: int) -> NDArray[np.float64]:
+    """The sums over the chunks of each param group, [groups, columns]; the host waits."""
+    on_host = sums.cpu()
+    return _C.fold(on_host.data_ptr(), on_host.shape[1], runs, groups)
+
+
+def _sum_over_ranks(square: float, process_group: object) -> float:
+    on_gpu = torch.distributed.get_backend(process_group) == "nccl"  # type: ignore[arg-type]
+    total = torch.tensor(square, dtype=torch.float64, device="cuda" if on_gpu else "cpu")
+    torch.distributed.all_reduce(total, group=process_group)  # type: ignore[arg-type]
+    return float(total)
