@@ -22,6 +22,7 @@
 #include "host/parameter_list.h"
 #include "host/tensor_view.h"
 #include "rules/registry.h"
+#include "schedules/program.h"
 
 namespace py = pybind11;
 using namespace fused_adamw;
@@ -184,6 +185,13 @@ plan_ranges_for_tests(std::vector<std::int64_t> numels, std::int64_t target) {
     ranges.for_each(i, [&](const Span& s) { spans.emplace_back(i, s.tensor, s.begin, s.end); });
   }
   return spans;
+}
+
+double evaluate_schedule_for_tests(std::vector<double> program, std::int64_t t) {
+  if (program.size() > schedules::kMaxWords) throw py::value_error("program: too long");
+  program.resize(schedules::kMaxWords);
+  if (schedules::is_empty(program.data())) throw py::value_error("program: it is empty");
+  return schedules::evaluate(program.data(), t);
 }
 
 }  // namespace
@@ -412,6 +420,14 @@ PYBIND11_MODULE(_C, m) {
       py::arg("bucket"), py::arg("partials"));
   m.def("count_cuda_launches", &cuda::count_launches, py::arg("bucket"));
   m.attr("CHUNK") = kChunk;
+
+  // Schedules as a device evaluates them.
+  py::list opcodes;
+  for (const char* name : schedules::kOpcodeNames) opcodes.append(name);
+  m.attr("SCHEDULE_OPCODES") = py::tuple(opcodes);
+  m.attr("SCHEDULE_ROW_WORDS") = schedules::kRowWords;
+  m.attr("SCHEDULE_MAX_WORDS") = schedules::kMaxWords;
+  m.def("evaluate_schedule", &evaluate_schedule_for_tests, py::arg("program"), py::arg("t"));
 
   // The planner, for tests: it cuts sizes that no test could allocate.
   m.def("plan_launches", &plan_launches_for_tests, py::arg("numels"), py::arg("rows"),

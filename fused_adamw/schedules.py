@@ -21,9 +21,9 @@ Product               the product of schedules[i](t)
 
 [note: the same eta everywhere] Every value is a closed form of t in binary64 by ``+ - * /``, floor,
 comparisons and loops whose length t bounds, in the order written here, without fused multiply-add:
-no math library has a say, so another evaluator of the description (on a device, say) returns the
-same bits. The one exception is a Polynomial whose power is no integer, which takes ``pow``. Counts
-of steps are at most 2^53, where all integers are exact.
+no math library has a say, so csrc/schedules/program.h returns the same bits, on a device too. The
+one exception is a Polynomial whose power is no integer, which takes ``pow``. Counts of steps are
+at most 2^53, where all integers are exact.
 """
 
 from __future__ import annotations

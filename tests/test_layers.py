@@ -18,14 +18,15 @@ CSRC = ROOT / "csrc"
 # What each folder of csrc may include, from csrc and from elsewhere.
 STANDARD = r"c?[a-z_]+"  # <vector>, <cmath>
 INCLUDES = {
-    "rules": r"array|cmath|cstdint|core/platform\.h|rules/.*",
+    "rules": r"array|cmath|cstdint|core/(platform|closed_forms)\.h|rules/.*",
     "rules/registry.h": rf"{STANDARD}|rules/.*",  # what the other layers see of rules
+    "schedules": r"cstdint|core/(platform|closed_forms)\.h",
     "storage": rf"{STANDARD}|core/platform\.h|storage/.*",
     "core": rf"{STANDARD}|(core|storage)/.*",
     "cpu": rf"{STANDARD}|omp\.h|(cpu|core|storage|rules)/.*",
     "cuda": rf"{STANDARD}|cuda_runtime\.h|(cuda|core|storage|rules)/.*",
     "host": rf"{STANDARD}|pybind11/.*|(host|core|storage|rules)/.*",
-    "bindings.cpp": rf"{STANDARD}|pybind11/.*|(host|cpu|cuda|core|storage|rules)/.*",
+    "bindings.cpp": rf"{STANDARD}|pybind11/.*|(host|cpu|cuda|core|storage|rules|schedules)/.*",
 }
 SOURCES = [p for p in sorted(CSRC.rglob("*")) if p.suffix in (".h", ".cuh", ".cpp", ".cu")]
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import decimal
+import math
+import sys
 from fractions import Fraction
 from itertools import product
 from types import SimpleNamespace
@@ -16,11 +19,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from fused_adamw import reference
+from fused_adamw import _C, reference
 from fused_adamw.engines import reference as engine
 
 DECAYS = ("lr", "decoupled", "l2", "proximal")
 UNIT = 2.0**-53  # unit roundoff of float64
+LARGEST = sys.float_info.max
 
 # Loud, so that a decay in the wrong place cannot hide in the tolerance.
 LOUD: dict[str, Any] = {
@@ -197,6 +201,36 @@ def test_power_is_a_product_of_roundings(base: float, exponent: int) -> None:
     exact = Fraction(base) ** exponent
     tolerance = (1 + Fraction(UNIT)) ** max(exponent - 1, 0) - 1
     assert abs(Fraction(reference.power(base, exponent)) - exact) <= tolerance * exact
+
+
+@given(st.floats(0, 20_000) | st.floats(0, 30) | st.integers(0, 20_000).map(float))
+def test_power_of_0_96_is_within_two_ulp(x: float) -> None:
+    computed = reference.power_of_0_96(x)
+    if x >= 17353:
+        assert computed == 0.0
+    else:
+        # Of the number that 0.96 is in binary64.
+        exact = decimal.Context(prec=60).power(*map(decimal.Decimal.from_float, (0.96, x)))
+        ulp = math.ulp(float(exact))
+        assert abs(Fraction(computed) - Fraction(exact)) <= 2 * Fraction(ulp)
+
+
+def test_power_of_0_96_ends_where_it_is_tiny() -> None:
+    assert reference.power_of_0_96(math.nextafter(17353.0, 0.0)) < 2.0**-1021
+    assert reference.power_of_0_96(math.inf) == 0.0
+
+
+@given(st.integers(1, 1000) | st.integers(1, 2**53), st.floats(0, 1) | st.floats(0, LARGEST))
+def test_momentum_schedule_has_the_bits_of_the_extension(step: int, momentum_decay: float) -> None:
+    beta1 = 1 - UNIT
+    mu = reference.momentum_schedule(beta1, momentum_decay, step)
+    h = {**LOUD, "beta1": beta1, "momentum_decay": momentum_decay, "decay": "lr"}
+    flags = {"scheduled_average": False, "maximize": False}
+    assert _C.Hyperparameters("nadam", {**h, **flags}).coefficients(step, 1.0)[1] == mu
+    # In units: half of 2 from the power here, half of 1 from the library's, and on both sides
+    # half of one from the difference and from the product.
+    library = beta1 * (1 - 0.5 * 0.96 ** (step * momentum_decay))
+    assert abs(mu - library) <= 4 * UNIT
 
 
 @pytest.mark.parametrize(

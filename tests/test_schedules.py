@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from drawn_schedules import LARGEST, any_schedule, bounded, restarts, steps
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.optim import lr_scheduler
@@ -42,7 +43,6 @@ from fused_adamw.schedules import (
 
 NAN, INF = math.nan, math.inf
 UNIT = 2.0**-53  # unit roundoff of float64
-LARGEST = 2**53  # of steps and lengths
 
 WARMUP, COSINE = LinearWarmup(10), CosineAnnealing(90, eta_min=0.05)
 EXAMPLES: list[Schedule] = [
@@ -60,47 +60,6 @@ by_kind = pytest.mark.parametrize("schedule", EXAMPLES, ids=lambda s: s.kind)
 
 def test_examples_have_every_kind() -> None:
     assert [schedule.kind for schedule in EXAMPLES] == list(KINDS)
-
-
-# --- Hypothesis draws schedules ------------------------------------------------------------------
-
-lengths = st.integers(1, 50) | st.integers(1, LARGEST)
-steps = st.integers(0, 100) | st.integers(0, LARGEST) | st.floats(0, 1000)
-etas = st.just(0.0) | st.just(1.0) | st.floats(0, 10)
-
-
-@st.composite
-def ranges(draw: st.DrawFn) -> dict[str, float]:
-    low, high = sorted([draw(etas), draw(etas)])
-    return {"eta_min": low, "eta_max": high}
-
-
-def between(kind: Callable[..., Schedule], *fields: st.SearchStrategy[Any]) -> Any:
-    return st.builds(lambda limits, *values: kind(*values, **limits), ranges(), *fields)
-
-
-restarts = between(CosineWarmRestarts, lengths, st.integers(1, 4) | lengths)
-bounded = st.one_of(
-    between(LinearWarmup, st.just(0) | lengths),
-    between(CosineAnnealing, lengths),
-    restarts,
-    between(Polynomial, lengths, st.integers(0, 5) | st.floats(0, 5)),
-)
-simple = st.builds(Constant, etas) | st.builds(StepDecay, lengths, st.floats(0, 1), etas) | bounded
-
-
-def composed(parts: st.SearchStrategy[Schedule]) -> st.SearchStrategy[Schedule]:
-    lists = st.lists(parts, min_size=1, max_size=4)
-    milestones = st.lists(lengths, min_size=3, max_size=3, unique=True)
-    sequences = st.builds(
-        lambda some, at: Sequential(tuple(some), tuple(sorted(at)[: len(some) - 1])),
-        lists,
-        milestones,
-    )
-    return sequences | st.builds(lambda some: Product(tuple(some)), lists)
-
-
-any_schedule = st.recursive(simple, composed, max_leaves=6)
 
 
 # --- Closed forms --------------------------------------------------------------------------------

@@ -113,11 +113,11 @@ struct NadamRule {
   static int functor(const Hyperparameters& h) { return adds_decay(h.decay, h.weight_decay); }
 
   // mu_t
-  static double momentum(const Hyperparameters& h, std::int64_t t) {
-    return h.beta1 * (1.0 - 0.5 * std::pow(0.96, static_cast<double>(t) * h.momentum_decay));
+  FUSED_ADAMW_HD static double momentum(const Hyperparameters& h, std::int64_t t) {
+    return h.beta1 * (1.0 - 0.5 * power_of_0_96(static_cast<double>(t) * h.momentum_decay));
   }
 
-  static AdamCoefficients coefficients(const Hyperparameters& h, Position& at) {
+  FUSED_ADAMW_HD static AdamCoefficients coefficients(const Hyperparameters& h, Position& at) {
     const double mu = momentum(h, at.t), next = momentum(h, at.t + 1);
     const double product = at.scalar * mu;  // of mu_1 to mu_t
     at.scalar = product;

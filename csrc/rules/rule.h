@@ -22,6 +22,7 @@
 #include <cmath>
 #include <cstdint>
 
+#include "core/closed_forms.h"
 #include "core/platform.h"
 
 namespace fused_adamw {
@@ -101,16 +102,6 @@ inline bool adds_decay(double decay, double weight_decay) {
 FUSED_ADAMW_HD float effective_gradient(float sign, float l2, float grad, float param) {
   const float g = sign * grad;
   return l2 != 0.0f ? g + l2 * param : g;
-}
-
-// x^n by repeated squaring: the same multiplications, hence the same bits, everywhere.
-FUSED_ADAMW_HD double integer_power(double x, std::int64_t n) {
-  double result = 1.0;
-  for (; n > 0; n >>= 1) {
-    if (n & 1) result *= x;
-    x *= x;
-  }
-  return result;
 }
 
 FUSED_ADAMW_HD float to_coefficient(double x) { return static_cast<float>(x); }
