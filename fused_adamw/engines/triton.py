@@ -44,6 +44,8 @@ def run(bucket: _C.Bucket, device: torch.device) -> None:
             _tensor(bucket.numels),
             _tensor(bucket.rows),
             _tensor(bucket.coefficients),
+            emas=_tensor(bucket.emas) if len(bucket.emas) else None,
+            zero_grads=bucket.zero_grads,
             rule=triton_kernels.RULES[bucket.functor],
             options=bucket.options,
             dtypes=(bucket.param_dtype, bucket.grad_dtype, bucket.state_dtype),
