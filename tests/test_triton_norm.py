@@ -6,6 +6,7 @@ Interpreted on the CPU where there is no GPU, compiled on the GPU where there is
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pytest
@@ -70,6 +71,27 @@ def test_unaligned(dtype: str) -> None:
     rng = np.random.default_rng(2)
     sizes = [33, 129, 2049, CHUNK, CHUNK + 1, 40000]
     check([draw(rng, numel, dtype) for numel in sizes], dtype, [1, 2, 3, 1, 3, 1])
+
+
+def test_many_chunks() -> None:
+    """In some of which the wrong order of any two additions shows."""
+    check([draw(np.random.default_rng(5), 30 * CHUNK, F32)], F32, [0])
+
+
+@pytest.mark.skipif(not engine.interpreted(), reason="watches the interpreter")
+def test_alignment_is_promised_only_where_it_is_true(monkeypatch: pytest.MonkeyPatch) -> None:
+    add_aligned_rows = norm.add_aligned_rows
+    promised = []
+
+    def watch(lanes: Any, grad: Any, index: Any, end: Any) -> Any:
+        promised.append(int(end.handle.data[0]))
+        assert promised[-1] % 16 == int(grad.handle.data[0]) % 16 == 0
+        return add_aligned_rows(lanes, grad, index, end)
+
+    monkeypatch.setattr(norm, "add_aligned_rows", watch)
+    rng = np.random.default_rng(6)
+    check([draw(rng, CHUNK + 45, BF16) for _ in range(9)], BF16, range(9))
+    assert promised == [CHUNK, 32, CHUNK, 32]  # of the first and the last
 
 
 @all_dtypes

@@ -35,6 +35,16 @@ def square(stored):
 
 
 @triton.jit
+def add_aligned_rows(lanes, grad, index, end):
+    """Adds the squares of a chunk's elements before `end`; that and the address divide by 16."""
+    grad = tl.multiple_of(grad, 16)  # which nothing read from a table can tell Triton
+    for k in tl.static_range(ROWS):
+        offset = index + k * LANES
+        lanes += square(tl.load(grad + offset, offset < end, other=0))
+    return lanes
+
+
+@triton.jit
 def segment_sums(lanes):
     """[SEGMENTS]: sums of [SEGMENTS, LANES], neighbours first, then the upper half on the lower.
 
@@ -99,10 +109,7 @@ def norm_kernel(chunks, tensors, partials, DTYPE: tl.constexpr):
         rest = tl.multiple_of(end // 16 * 16, 16)
         row = rest % SEGMENT // LANES
         row_end = row + (rest < end).to(tl.int32)
-        aligned = tl.multiple_of(grad, 16)
-        for k in tl.static_range(ROWS):
-            offset = index + k * LANES
-            lanes += square(tl.load(aligned + offset, offset < rest, other=0))
+        lanes = add_aligned_rows(lanes, grad, index, rest)
     while row < row_end:
         offset = index + row * LANES
         lanes += square(tl.load(grad + offset, (offset >= rest) & (offset < end), other=0))
