@@ -1,4 +1,4 @@
-"""NumPy reference of the update rules: the judge of truth in float64, of bits in float32.
+"""NumPy reference of a step: the judge of truth in float64, of bits in float32.
 
 Written from the papers and from the arithmetic contract alone, with NumPy as its only import, so
 that it shares no code with the engines it is there to check. In float64 a rule gives the truth, in
@@ -14,7 +14,7 @@ pass numbers that carry a bound of their error.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, TypeAlias
 
@@ -507,7 +507,11 @@ CARRIES = frozenset({"nadam"})
 
 
 def update(
-    rule: str, *arrays: ArrayLike, dtype: Precision = np.float32, **hyperparameters: Any
+    rule: str,
+    *arrays: ArrayLike,
+    dtype: Precision = np.float32,
+    grad_factor: float = 1.0,
+    **hyperparameters: Any,
 ) -> tuple[Array, ...]:
     """One step of a rule.
 
@@ -515,6 +519,8 @@ def update(
         rule: a key of `RULES`.
         arrays: param, grad and the states, of one shape.
         dtype: what all the arithmetic is done in; the arrays are converted to it first.
+        grad_factor: what unscales and clips the gradient, which is multiplied by it before the
+            rule sees it; see `clip`.
         hyperparameters: those of the rule, and ``step``, the number of this step, from 1.
 
     Returns:
@@ -523,9 +529,127 @@ def update(
     shape = np.shape(arrays[0])
     with np.errstate(all="ignore"):
         # Of one dimension at least: NumPy makes scalars of what has none.
-        converted = [np.atleast_1d(np.asarray(array, dtype)) for array in arrays]
-        updated = RULES[rule](dtype, *converted, **hyperparameters)
+        param, grad, *states = [np.atleast_1d(np.asarray(array, dtype)) for array in arrays]
+        scaled = grad * dtype(grad_factor)
+        updated = RULES[rule](dtype, param, scaled, *states, **hyperparameters)
     return tuple(array.reshape(shape) for array in updated)
+
+
+# --- What else a step does -----------------------------------------------------------------------
+
+
+def ema(
+    average: ArrayLike, param: ArrayLike, weight: float, dtype: Precision = np.float32
+) -> Array:
+    """The exponential moving average of a parameter after a step: ``torch.lerp``.
+
+    Args:
+        average: the average so far, any shape.
+        param: the new param as it is stored, of the same shape.
+        weight: that of the new param, 1 - decay; rounded to the computing dtype first.
+        dtype: what all the arithmetic is done in; the arrays are converted to it first.
+
+    Returns:
+        The new average.
+    """
+    e: Array = np.asarray(average, dtype)
+    theta: Array = np.asarray(param, dtype)
+    w: Any = dtype(weight)
+    with np.errstate(all="ignore"):
+        if w == 1:
+            return theta.copy()
+        if w < 0.5:
+            return np.asarray(e + w * (theta - e))
+        return np.asarray(theta - (dtype(1) - w) * (theta - e))
+
+
+# [note: squared norm]
+# Sums are cut and folded in a fixed way, so that neither threads nor launches decide a bit. All is
+# in float64, where the square of a float32 is exact. A sum of squares is never -0, so that a zero
+# stands for an element that is not there: adding it changes nothing.
+NORM_CHUNK, NORM_SEGMENT, NORM_LANES = 16384, 2048, 32
+GROUP_LANES = 256
+
+
+def _fold_halves(lanes: NDArray[np.float64]) -> NDArray[np.float64]:
+    """The sums over the last axis, a power of two: its upper half is added to its lower half."""
+    while (half := lanes.shape[-1] // 2) > 0:
+        lanes = lanes[..., :half] + lanes[..., half:]
+    return lanes[..., 0]
+
+
+def squared_norm_partials(grad: Array, dtype: str) -> NDArray[np.float64]:
+    """The sums of squares of a gradient's chunks of 16384 elements; see [note: squared norm].
+
+    A chunk has 8 segments of 2048, which are summed in 32 lanes, of every 32nd element each.
+
+    Args:
+        grad: stored gradient, of any shape; its elements are cut in C order.
+        dtype: how it is stored; a key of ``STORAGE_DTYPES``.
+
+    Returns:
+        Array [ceil(elements / 16384)].
+    """
+    chunks = -(-grad.size // NORM_CHUNK)
+    with np.errstate(all="ignore"):
+        x = load(grad.reshape(-1), dtype).astype(np.float64)
+        x = np.pad(x, (0, chunks * NORM_CHUNK - x.size))
+        x = x.reshape(chunks, NORM_CHUNK // NORM_SEGMENT, NORM_SEGMENT // NORM_LANES, NORM_LANES)
+        lanes = np.zeros((*x.shape[:2], NORM_LANES))
+        for row in range(x.shape[2]):
+            lanes = lanes + x[:, :, row] * x[:, :, row]
+        segments = _fold_halves(lanes)
+        partials = segments[:, 0]
+        for segment in range(1, segments.shape[1]):
+            partials = partials + segments[:, segment]
+    return partials
+
+
+def squared_norm(partials: NDArray[np.float64]) -> float:
+    """The squared norm of a param group's gradients; see [note: squared norm].
+
+    Args:
+        partials: those of all its gradients, one after the other in the order of the parameters.
+    """
+    rows = -(-partials.size // GROUP_LANES)
+    padded = np.pad(partials, (0, rows * GROUP_LANES - partials.size))
+    lanes = np.zeros(GROUP_LANES)
+    with np.errstate(all="ignore"):
+        for row in padded.reshape(rows, GROUP_LANES):
+            lanes = lanes + row
+        return float(_fold_halves(lanes))
+
+
+class Clipped(NamedTuple):
+    """The norm of the unscaled gradients, and what to multiply each by to unscale and clip it."""
+
+    norm: float
+    grad_factor: np.float32
+
+
+def clip(
+    squared_norms: Iterable[float], max_grad_norm: float | None = None, grad_scale: float = 1.0
+) -> Clipped:
+    """``torch.nn.utils.clip_grad_norm_`` of gradients that are divided by ``grad_scale`` first.
+
+    All in float64, the factor rounded once.
+
+    Args:
+        squared_norms: of each param group's gradients as they are stored, in order.
+        max_grad_norm: the norm to clip to; None does not clip.
+        grad_scale: the factor the loss was multiplied by.
+    """
+    total = np.float64(0)
+    with np.errstate(all="ignore"):
+        for squared in squared_norms:
+            total = total + np.float64(squared)
+        norm = np.sqrt(total) / np.float64(grad_scale)
+        coefficient = np.float64(1)
+        if max_grad_norm is not None:
+            ratio = np.float64(max_grad_norm) / (norm + np.float64(1e-6))
+            if ratio < 1 or np.isnan(ratio):
+                coefficient = ratio
+        return Clipped(float(norm), np.float32(coefficient / np.float64(grad_scale)))
 
 
 class AdamArrays(NamedTuple):

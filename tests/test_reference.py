@@ -6,6 +6,7 @@ import dataclasses
 import decimal
 import math
 import sys
+import math
 from fractions import Fraction
 from itertools import product
 from types import SimpleNamespace
@@ -480,6 +481,168 @@ def test_float32_storage_is_the_identity() -> None:
     np.testing.assert_array_equal(stored.view(np.uint32), values.view(np.uint32))
 
 
+# --- What else a step does -----------------------------------------------------------------------
+
+NORM_SIZES = [0, 1, *(n + i for n in (128, 2048, 16384) for i in (-1, 0, 1)), 40000]
+
+
+def draw_gradient(numel: int, dtype: str, seed: int = 0) -> NDArray[Any]:
+    """Numbers of many magnitudes, so that nearly every order of their sum has other bits."""
+    rng = np.random.default_rng(seed)
+    values = rng.standard_normal(numel) * np.exp2(rng.integers(-8, 8, numel))
+    return reference.store(values.astype(np.float32), dtype)
+
+
+@pytest.mark.parametrize("dtype", reference.STORAGE_DTYPES)
+@pytest.mark.parametrize("numel", NORM_SIZES)
+def test_squared_norm_is_the_sum_of_squares(numel: int, dtype: str) -> None:
+    grad = draw_gradient(numel, dtype)
+    x = reference.load(grad, dtype).astype(np.float64)
+    partials = reference.squared_norm_partials(grad, dtype)
+    assert len(partials) == -(-numel // 16384)
+    for i, partial in enumerate(partials):
+        truth = math.fsum(x[16384 * i : 16384 * (i + 1)] ** 2)
+        assert partial == pytest.approx(truth, rel=1e-12, abs=0)
+    assert reference.squared_norm(partials) == pytest.approx(math.fsum(x**2), rel=1e-12, abs=0)
+
+
+@pytest.mark.parametrize("numel", [1, 127, 300, 2049, 5000, 16384])
+def test_squared_norm_of_a_chunk_number_by_number(numel: int) -> None:
+    """The order of the additions, in which any other has other bits."""
+    grad = draw_gradient(numel, "float32")
+    total = 0.0
+    for segment in range(8):
+        lanes = [0.0] * 128
+        for i, x in enumerate(grad[2048 * segment : 2048 * (segment + 1)].tolist()):
+            lanes[i % 128] += x * x
+        s = [(a + b) + (c + d) for a, b, c, d in zip(*(lanes[i::4] for i in range(4)), strict=True)]
+        for h in (16, 8, 4, 2, 1):
+            for t in range(h):
+                s[t] += s[t + h]
+        total += s[0]
+    assert reference.squared_norm_partials(grad, "float32") == [total]
+
+
+@pytest.mark.parametrize("count", [0, 1, 255, 256, 257, 1000])
+def test_squared_norm_of_a_group_number_by_number(count: int) -> None:
+    partials = np.random.default_rng(1).random(count)
+    lanes = [0.0] * 256
+    for i, partial in enumerate(partials.tolist()):
+        lanes[i % 256] += partial
+    for h in (128, 64, 32, 16, 8, 4, 2, 1):
+        for t in range(h):
+            lanes[t] += lanes[t + h]
+    assert reference.squared_norm(partials) == lanes[0]
+
+
+@pytest.mark.parametrize("bad", [np.inf, -np.inf, np.nan])
+def test_squared_norm_shows_what_is_not_finite(bad: float) -> None:
+    grad = draw_gradient(20000, "float32")
+    grad[17000] = bad
+    first, second = reference.squared_norm_partials(grad, "float32")
+    assert np.isfinite(first)
+    np.testing.assert_equal(second, abs(bad))
+    np.testing.assert_equal(reference.squared_norm(np.array([first, second])), abs(bad))
+
+
+SHAPES = [[(3, 5), (20000,)], [(), (0,), (130, 17)], [(40000,)]]  # of param groups
+
+
+def clip_by_hand(gradients: list[list[NDArray[Any]]], **options: Any) -> reference.Clipped:
+    partials = [
+        [reference.squared_norm_partials(gradient, "float32") for gradient in group]
+        for group in gradients
+    ]
+    return reference.clip([reference.squared_norm(np.concatenate(p)) for p in partials], **options)
+
+
+@pytest.mark.parametrize("grad_scale", [1.0, 3.0, 65536.0])
+@pytest.mark.parametrize("max_grad_norm", [0.0, 0.1, 100.0, 1e9])
+def test_clip_is_that_of_torch(max_grad_norm: float, grad_scale: float) -> None:
+    rng = np.random.default_rng(2)
+    gradients = [[np.asarray(rng.random(shape, np.float32)) for shape in g] for g in SHAPES]
+    params = [torch.zeros(shape, dtype=torch.float64) for group in SHAPES for shape in group]
+    for param, grad in zip(params, (x for group in gradients for x in group), strict=True):
+        param.grad = torch.from_numpy(grad).double() / grad_scale
+    norm = torch.nn.utils.clip_grad_norm_(params, max_grad_norm)
+
+    ours = clip_by_hand(gradients, max_grad_norm=max_grad_norm, grad_scale=grad_scale)
+    assert isinstance(ours.grad_factor, np.float32)
+    assert ours.norm == pytest.approx(norm.item(), rel=1e-12)
+    for param, grad in zip(params, (x for group in gradients for x in group), strict=True):
+        # One rounding, that of the factor, and 1e-12 for the norm.
+        expected = param.grad.numpy()  # type: ignore[union-attr]
+        np.testing.assert_allclose(
+            grad * np.float64(ours.grad_factor), expected, rtol=2**-24 * 1.01
+        )
+
+
+def test_without_clipping_the_factor_only_unscales() -> None:
+    for options in ({}, {"max_grad_norm": 3.0 + 1e-5}, {"max_grad_norm": np.inf}):
+        assert reference.clip([9.0], **options) == (3.0, 1.0)
+        norm, factor = reference.clip([9.0, 0.0], **options, grad_scale=10.0)
+        assert (norm, factor) == (0.3, np.float32(0.1))
+
+
+def test_clip_of_what_is_not_finite_is_that_of_torch() -> None:
+    for squared in (np.inf, np.nan):
+        param = torch.zeros(1)
+        param.grad = torch.tensor([math.sqrt(squared)])
+        norm = torch.nn.utils.clip_grad_norm_([param], 1.0)
+        ours = reference.clip([1.0, squared, 1.0], 1.0)
+        np.testing.assert_equal(ours.norm, norm.item())
+        np.testing.assert_equal(ours.grad_factor, np.float32(1.0 / norm.item()))
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_factor_multiplies_the_gradient_before_the_rule(dtype: Any) -> None:
+    p, g, m, v = draw_state(4)
+    h = {**LOUD, "step": 3, "decay": "l2", "maximize": True}
+    factor = 0.3
+    found = reference.update("adam", p, g, m, v, dtype=dtype, grad_factor=factor, **h)
+    scaled = dtype(factor) * g.astype(dtype)
+    wanted = reference.update("adam", p, scaled, m, v, dtype=dtype, **h)
+    for ours, expected in zip(found, wanted, strict=True):
+        np.testing.assert_array_equal(ours, expected)
+    assert (found[1] != reference.update("adam", p, g, m, v, dtype=dtype, **h)[1]).any()
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.1, 0.5, 0.5001, 0.9, 0.999, 1.0])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_ema_is_that_of_torch(dtype: Any, decay: float) -> None:
+    average, param = np.random.default_rng(3).standard_normal((2, 1000)).astype(dtype)
+    found = reference.ema(average, param, 1 - decay, dtype)
+    assert found.dtype == dtype
+    theirs = torch.from_numpy(average.copy())
+    update = torch.optim.swa_utils.get_ema_multi_avg_fn(decay)
+    update([theirs], [torch.from_numpy(param)], 1)
+    # Both ways have at most four roundings, each of half a unit of numbers no larger than this.
+    scale = np.abs(average) + np.abs(param)
+    assert (np.abs(found - theirs.numpy()) <= 4 * np.finfo(dtype).eps * scale).all()
+    if decay in (0.0, 1.0):
+        np.testing.assert_array_equal(found, average if decay else param)
+
+
+def test_ema_takes_the_two_branches_of_torch() -> None:
+    """On either side of 1/2; the branches are equal but for their roundings."""
+    for weight in (0.25, float(np.nextafter(np.float32(0.5), np.float32(0))), 0.5, 0.75):
+        e, theta = np.random.default_rng(4).standard_normal((2, 5000)).astype(np.float32)
+        w = np.float32(weight)
+        near, far = e + w * (theta - e), theta - (np.float32(1) - w) * (theta - e)
+        assert (near != far).any()
+        wanted = near if weight < 0.5 else far
+        np.testing.assert_array_equal(reference.ema(e, theta, weight), wanted)
+
+
+def test_ema_with_a_weight_of_one_is_the_parameter() -> None:
+    """Whatever the average was."""
+    average = np.array([np.inf, np.nan, -np.inf, 1e38, 3.0], np.float32)
+    param = np.array([1.0, -0.0, np.inf, -3.4e38, np.nan], np.float32)
+    found = reference.ema(average, param, 1.0)
+    assert found is not param
+    np.testing.assert_array_equal(found.view(np.uint32), param.view(np.uint32))
+
+
 # --- Engine --------------------------------------------------------------------------------------
 
 FORMATS = [
@@ -490,9 +653,12 @@ FORMATS = [
 ]
 
 
+@pytest.mark.parametrize("whole", [False, True], ids=["update", "average-zero"])
 @pytest.mark.parametrize("amsgrad", [False, True])
 @pytest.mark.parametrize("dtypes", FORMATS, ids="-".join)
-def test_engine_updates_memory_in_place(dtypes: tuple[str, str, str], amsgrad: bool) -> None:
+def test_engine_updates_memory_in_place(
+    dtypes: tuple[str, str, str], amsgrad: bool, whole: bool
+) -> None:
     rng = np.random.default_rng(5)
     slots = (*dtypes, dtypes[2], dtypes[2])[: 5 if amsgrad else 4]
     numels, groups, steps = [5, 0, 16], [1, 0, 0], [3, 1, 8]
@@ -501,6 +667,9 @@ def test_engine_updates_memory_in_place(dtypes: tuple[str, str, str], amsgrad: b
         for numel in numels
     ]
     before = [[array.copy() for array in arrays] for arrays in memory]
+    averages = [rng.random(numel, np.float32) for numel in numels]
+    old_averages = [average.copy() for average in averages]
+    rows, factors = [0, 0, 1], [(0.3, 0.2), (1.7, 0.9)]
     bucket = SimpleNamespace(
         param_dtype=dtypes[0],
         grad_dtype=dtypes[1],
@@ -510,6 +679,11 @@ def test_engine_updates_memory_in_place(dtypes: tuple[str, str, str], amsgrad: b
         groups=np.array(groups),
         steps=np.array(steps),
         scalars=np.zeros(len(steps)),
+        rows=np.array(rows, np.int32),
+        # The rule's own are computed anew.
+        coefficients=np.array([[np.nan, *row] for row in factors], np.float32),
+        emas=np.array([a.ctypes.data if a.size else 0 for a in averages if whole], np.int64),
+        zero_grads=whole,
     )
     by_group = [
         {**LOUD, "decay": "lr", "maximize": False},
@@ -518,12 +692,17 @@ def test_engine_updates_memory_in_place(dtypes: tuple[str, str, str], amsgrad: b
     values = [{**h, "amsgrad": amsgrad} for h in by_group]
     engine.run(bucket, [SimpleNamespace(rule="adam", values=h) for h in values])
 
-    for old, new, group, step in zip(before, memory, groups, steps, strict=True):
+    for i, (old, new) in enumerate(zip(before, memory, strict=True)):
         values = [reference.load(array, dtype) for array, dtype in zip(old, slots, strict=True)]
-        updated = reference.adamw(*values, step=step, **by_group[group])
-        np.testing.assert_array_equal(new[1], old[1])
+        grad_factor, ema_weight = factors[rows[i]]
+        values[1] = np.float32(grad_factor) * values[1]
+        updated = reference.adamw(*values, step=steps[i], **by_group[groups[i]])
+        np.testing.assert_array_equal(new[1], np.zeros_like(old[1]) if whole else old[1])
         for index, array in zip((0, 2, 3, 4), updated, strict=True):
             if array is not None:
                 np.testing.assert_array_equal(
                     new[index], reference.store(array, slots[index]), err_msg=f"slot {index}"
                 )
+        stored = reference.load(new[0], slots[0])
+        average = reference.ema(old_averages[i], stored, ema_weight) if whole else old_averages[i]
+        np.testing.assert_array_equal(averages[i], average)

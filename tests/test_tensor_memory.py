@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer, lr_scheduler
 
 from fused_adamw import _C, FusedAdamW, FusedSGD, registration
+from fused_adamw.engines import _CPU
 
 # --- Memory that changes behind the optimizer's back ---------------------------------------------
 

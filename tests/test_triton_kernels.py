@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Sequence
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -18,23 +18,21 @@ pytest.importorskip("triton")
 
 import triton
 import triton.language as tl
+from triton_memory import BF16, DEVICE, F16, F32, Array, Placed, assert_same, special_values
 
 from fused_adamw import reference, triton_kernels
 from fused_adamw.engines import engine_for
 from fused_adamw.engines import triton as engine
-from fused_adamw.triton_kernels import update
+from fused_adamw.triton_kernels import tables, update
 
-Array = np.ndarray[Any, Any]
 Dtypes = tuple[str, str, str]
 
-DEVICE = torch.device("cpu" if engine.interpreted() else "cuda")
 TILE = update.TILE.value
 THREADS = update.THREADS.value
 
 pytestmark = [] if engine.interpreted() else [pytest.mark.gpu]
 
 ADAM = triton_kernels.RULES["adam"]
-F32, BF16, F16 = "float32", "bfloat16", "float16"
 # param, grad, state
 COMBINATIONS: list[Dtypes] = [
     (F32, F32, F32),
@@ -74,63 +72,60 @@ LOUD: Hyperparameters = {
 MAXIMIZE = LOUD | {"step": 1, "lr": 0.3, "maximize": True}
 
 
-def hyperparameter_rows(l2: bool) -> list[Hyperparameters]:
-    """Hyperparameters that differ and share the variant: the rows of a launch's coefficients."""
-    if l2:
-        return [row | {"decay": "l2"} for row in (LOUD, MAXIMIZE)]
-    decays = ("lr", "decoupled", "proximal")
-    return [row | {"decay": decay} for row in (LOUD, MAXIMIZE) for decay in decays]
+class Row(NamedTuple):
+    """What a row of a launch's coefficients is made of; the factor is no power of two."""
+
+    hyperparameters: Hyperparameters
+    grad_factor: float = 0.3
+    ema_weight: float = 0.2
 
 
-def coefficients(rows: Sequence[Hyperparameters]) -> Array:
+BELOW_HALF = float(np.nextafter(np.float32(0.5), np.float32(0)))
+FACTORS = [1.0, 0.3, 1.7e-3, 65536 / 3]
+EMA_WEIGHTS = [0.001, BELOW_HALF, 0.5, 0.9, 1.0, 0.0]
+
+
+def make_rows(l2: bool) -> list[Row]:
+    """Hyperparameters that differ and share the variant, with every weight of an average."""
+    decays = ["l2"] if l2 else ["lr", "decoupled", "proximal"]
+    return [
+        Row(
+            (LOUD, MAXIMIZE)[i % 2] | {"decay": decays[i // 2 % len(decays)]},
+            FACTORS[i % len(FACTORS)],
+            weight,
+        )
+        for i, weight in enumerate(EMA_WEIGHTS)
+    ]
+
+
+def coefficients(rows: Sequence[Row]) -> Array:
     return np.array(
-        [dataclasses.astuple(reference.adam_coefficients(np.float32, **row)) for row in rows],
+        [
+            [
+                *dataclasses.astuple(reference.adam_coefficients(np.float32, **h)),
+                *(grad_factor, ema_weight),
+            ]
+            for h, grad_factor, ema_weight in rows
+        ],
         np.float32,
     )
 
 
-class Placed:
-    """An array copied to the device, between guard bytes that nobody may touch."""
-
-    GUARD = 4 * TILE  # bytes: as far as a tile without a mask would reach
-    PATTERN = 0xA5
-
-    def __init__(self, stored: Array, misplaced: int = 0) -> None:
-        """Puts `stored` as many elements after a 16-byte boundary as `misplaced` says."""
-        self.dtype = stored.dtype
-        memory = torch.full(
-            (stored.nbytes + 3 * self.GUARD,), self.PATTERN, dtype=torch.uint8, device=DEVICE
-        )
-        begin = self.GUARD - memory.data_ptr() % 16 + misplaced * stored.itemsize
-        self.memory, self.inside = memory, slice(begin, begin + stored.nbytes)
-        memory[self.inside] = torch.from_numpy(stored.view(np.uint8)).to(DEVICE)
-        self.address = memory.data_ptr() + begin
-
-    def read(self) -> Array:
-        everything = self.memory.cpu().numpy()
-        outside = np.ones(len(everything), bool)
-        outside[self.inside] = False
-        assert (everything[outside] == self.PATTERN).all(), "wrote outside the array"
-        return everything[self.inside].view(self.dtype)
-
-
-def slot_dtypes(dtypes: Dtypes, amsgrad: bool) -> list[str]:
+def slot_dtypes(dtypes: Dtypes, amsgrad: bool, ema: bool = False) -> list[str]:
     param, grad, state = dtypes
-    return [param, grad, *[state] * (3 if amsgrad else 2)]
+    return [param, grad, *[state] * (3 if amsgrad else 2), *[F32] * ema]
 
 
-Tensors = list[list[Array]]  # for each tensor its slots, as stored
+Tensors = list[list[Array]]  # for each tensor its slots, as stored; a moving average comes last
 
 
 def random_slots(
-    rng: np.random.Generator, numel: int, dtypes: Dtypes, amsgrad: bool
+    rng: np.random.Generator, numel: int, dtypes: Dtypes, amsgrad: bool, ema: bool = False
 ) -> list[Array]:
-    values = rng.standard_normal((5, numel)).astype(np.float32)
-    values[3:] **= 2
-    return [
-        reference.store(x, dtype)
-        for x, dtype in zip(values, slot_dtypes(dtypes, amsgrad), strict=False)
-    ]
+    names = slot_dtypes(dtypes, amsgrad, ema)
+    values = rng.standard_normal((len(names), numel)).astype(np.float32)
+    values[3 : 5 if amsgrad else 4] **= 2
+    return [reference.store(x, dtype) for x, dtype in zip(values, names, strict=True)]
 
 
 def launch(
@@ -141,13 +136,18 @@ def launch(
     dtypes: Dtypes,
     rule: Any,
     options: tuple[bool, ...],
+    ema: bool = False,
+    zero_grads: bool = False,
 ) -> None:
+    addresses = torch.tensor([[slot.address for slot in slots] for slots in tensors])
     with np.errstate(all="ignore"):
         triton_kernels.launch(
-            torch.tensor([[slot.address for slot in slots] for slots in tensors]),
+            addresses[:, :-1] if ema else addresses,
             torch.tensor(numels),
             torch.tensor(rows, dtype=torch.int32),
             torch.from_numpy(table),
+            emas=addresses[:, -1] if ema else None,
+            zero_grads=zero_grads,
             rule=rule,
             options=options,
             dtypes=dtypes,
@@ -157,11 +157,13 @@ def launch(
 
 def check(
     tensors: Tensors,
-    rows: Sequence[Hyperparameters],
+    rows: Sequence[Row],
     dtypes: Dtypes,
     l2: bool,
     amsgrad: bool,
     misplaced: Callable[[int, int], int] = lambda tensor, slot: 0,
+    ema: bool = False,
+    zero_grads: bool = False,
 ) -> None:
     """One launch over the tensors, which take the rows in turn, against the reference."""
     placed = [
@@ -170,24 +172,37 @@ def check(
     ]
     numels = [len(slots[0]) for slots in tensors]
     row_of = [i % len(rows) for i in range(len(tensors))]
-    launch(placed, numels, row_of, coefficients(rows), dtypes, ADAM, (l2, amsgrad, False))
+    options = (l2, amsgrad, False)
+    launch(placed, numels, row_of, coefficients(rows), dtypes, ADAM, options, ema, zero_grads)
 
-    names = slot_dtypes(dtypes, amsgrad)
+    names = slot_dtypes(dtypes, amsgrad, ema)
     for i, slots in enumerate(tensors):
-        values = [reference.load(stored, dtype) for stored, dtype in zip(slots, names, strict=True)]
-        updated = reference.adamw(*values, **rows[row_of[i]])
-        wanted = [updated.param, None, updated.exp_avg, updated.exp_avg_sq, updated.max_exp_avg_sq]
-        for k, dtype in enumerate(names):
-            want = wanted[k]
-            stored = slots[k] if want is None else reference.store(want, dtype)
-            assert_same(placed[i][k].read(), stored, dtype, f"tensor {i} of {numels[i]}, slot {k}")
+        row = rows[row_of[i]]
+        for k, wanted in enumerate(stepped(slots, names, row, amsgrad, ema, zero_grads)):
+            where = f"tensor {i} of {numels[i]}, slot {k}"
+            assert_same(placed[i][k].read(), wanted, names[k], where)
 
 
-def assert_same(found: Array, wanted: Array, dtype: str, where: str) -> None:
-    x, y = reference.load(found, dtype), reference.load(wanted, dtype)
-    same = (x.view(np.uint32) == y.view(np.uint32)) | (np.isnan(x) & np.isnan(y))
-    at = np.flatnonzero(~same)
-    assert at.size == 0, f"{where}: {at.size} differ, first [{at[0]}]: {x[at[0]]!r}, {y[at[0]]!r}"
+def stepped(
+    slots: list[Array], names: list[str], row: Row, amsgrad: bool, ema: bool, zero_grads: bool
+) -> list[Array]:
+    """The slots after a step of the reference, as stored."""
+    values = [reference.load(stored, dtype) for stored, dtype in zip(slots, names, strict=True)]
+    average = values.pop() if ema else None
+    param, *states = reference.update(
+        "adam",
+        *values,
+        amsgrad=amsgrad,
+        grad_factor=row.grad_factor,
+        **({"decay": "lr", "maximize": False} | row.hyperparameters),
+    )
+    grad = np.zeros_like(slots[1]) if zero_grads else slots[1]
+    updated = [param, values[1], *states]
+    wanted = [reference.store(x, dtype) for x, dtype in zip(updated, names, strict=False)]
+    wanted[1] = grad
+    if average is not None:
+        wanted.append(reference.ema(average, reference.load(wanted[0], names[0]), row.ema_weight))
+    return wanted
 
 
 SIZES = [0, 1, 2, 3, 15, 16, 17, THREADS + 1, TILE - 1, TILE, TILE + 1, 2 * TILE + 5]
@@ -198,22 +213,43 @@ SIZES = [0, 1, 2, 3, 15, 16, 17, THREADS + 1, TILE - 1, TILE, TILE + 1, 2 * TILE
 def test_ragged_sizes_and_rows(dtypes: Dtypes, l2: bool, amsgrad: bool) -> None:
     rng = np.random.default_rng(1)
     tensors = [random_slots(rng, numel, dtypes, amsgrad) for numel in SIZES]
-    check(tensors, hyperparameter_rows(l2), dtypes, l2, amsgrad)
+    check(tensors, make_rows(l2), dtypes, l2, amsgrad)
+
+
+WHOLE_STEP_SIZES = [0, 1, *(n + i for n in (128, 2048, 16384) for i in (-1, 0, 1)), 40000]
+
+
+@pytest.mark.parametrize("zero_grads", [False, True], ids=["keep", "zero"])
+@all_combinations
+def test_moving_average_and_zeroed_gradients(dtypes: Dtypes, zero_grads: bool) -> None:
+    rng = np.random.default_rng(9)
+    tensors = [random_slots(rng, numel, dtypes, False, ema=True) for numel in WHOLE_STEP_SIZES]
+    rows = make_rows(l2=False)
+    check(tensors, rows, dtypes, l2=False, amsgrad=False, ema=True, zero_grads=zero_grads)
+
+
+@pytest.mark.parametrize("dtypes", HOMOGENEOUS, ids="-".join)
+def test_zeroed_gradients_alone(dtypes: Dtypes) -> None:
+    rng = np.random.default_rng(10)
+    tensors = [random_slots(rng, numel, dtypes, True) for numel in SIZES]
+    check(tensors, make_rows(l2=True), dtypes, l2=True, amsgrad=True, zero_grads=True)
 
 
 @pytest.mark.parametrize("dtypes", [*HOMOGENEOUS, (BF16, F32, F32)], ids="-".join)
 def test_unaligned(dtypes: Dtypes) -> None:
     # One slot in turn lies beside a 16-byte boundary, then all do.
     rng = np.random.default_rng(2)
-    sizes = [THREADS + 17, 33, THREADS + 17, 33, TILE + 1]
-    tensors = [random_slots(rng, numel, dtypes, False) for numel in sizes]
+    sizes = [THREADS + 17, 33, THREADS + 17, 33, THREADS + 17, TILE + 1]
+    tensors = [random_slots(rng, numel, dtypes, False, ema=True) for numel in sizes]
     check(
         tensors,
-        hyperparameter_rows(l2=False),
+        make_rows(l2=False),
         dtypes,
         l2=False,
         amsgrad=False,
-        misplaced=lambda tensor, slot: tensor + 1 if tensor in (slot, 4) else 0,
+        misplaced=lambda tensor, slot: tensor + 1 if tensor in (slot, 5) else 0,
+        ema=True,
+        zero_grads=True,
     )
 
 
@@ -223,7 +259,7 @@ def test_alignment_is_promised_only_where_it_is_true(monkeypatch: pytest.MonkeyP
     promised = []
 
     def watch(slots: Any, begin: Any, end: Any, *rest: Any) -> None:
-        *_, dtypes, aligned = rest
+        *_, dtypes, _ema, _zero_grads, aligned = rest
         promised.append(aligned)
         if aligned:
             assert int(end.handle.data[0]) % 16 == 0
@@ -236,26 +272,15 @@ def test_alignment_is_promised_only_where_it_is_true(monkeypatch: pytest.MonkeyP
     dtypes = (BF16, F32, BF16)
     rng = np.random.default_rng(8)
     check(
-        [random_slots(rng, 33, dtypes, True) for _ in range(6)],
-        hyperparameter_rows(l2=False),
+        [random_slots(rng, 33, dtypes, True, ema=True) for _ in range(7)],
+        make_rows(l2=False),
         dtypes,
         l2=False,
         amsgrad=True,
         misplaced=lambda tensor, slot: int(slot == tensor),  # the last tensor lies right
+        ema=True,
     )
     assert promised.count(True) == 1
-
-
-def special_values(dtype: str) -> Array:
-    smallest = {F32: 2.0**-149, BF16: 2.0**-133, F16: 2.0**-24}[dtype]
-    normal, largest = {
-        F32: (2.0**-126, float(np.finfo(np.float32).max)),
-        BF16: (2.0**-126, float.fromhex("0x1.fep127")),
-        F16: (2.0**-14, 65504.0),
-    }[dtype]
-    positive = [0, smallest, 3 * smallest, normal / 2, normal, 1e-3, 1, 3, largest, np.inf, np.nan]
-    values = np.array([sign * x for x in positive for sign in (1, -1)], np.float32)
-    return reference.store(values, dtype)
 
 
 @all_variants
@@ -263,11 +288,20 @@ def special_values(dtype: str) -> Array:
 def test_special_values(dtypes: Dtypes, l2: bool, amsgrad: bool) -> None:
     rng = np.random.default_rng(3)
     tensors = [
-        [rng.choice(special_values(dtype), TILE) for dtype in slot_dtypes(dtypes, amsgrad)]
-        for _ in range(2)
+        [rng.choice(special_values(dtype), TILE) for dtype in slot_dtypes(dtypes, amsgrad, True)]
+        for _ in range(len(EMA_WEIGHTS))
     ]
-    rows = hyperparameter_rows(l2)
-    check(tensors, [rows[0], rows[1] | {"eps": 0.0}], dtypes, l2, amsgrad)
+    first, second, *rows = make_rows(l2)
+    second = second._replace(hyperparameters=second.hyperparameters | {"eps": 0.0})
+    check(tensors, [first, second, *rows], dtypes, l2, amsgrad, ema=True, zero_grads=True)
+
+
+@pytest.mark.parametrize("grad_factor", [0.0, np.inf, np.nan])
+def test_factor_of_gradients_that_are_not_finite(grad_factor: float) -> None:
+    # Clipping makes a factor of 0 of an infinite norm, and a NaN of a NaN.
+    dtypes = (F32, BF16, F32)
+    slots = [special_values(dtype) for dtype in slot_dtypes(dtypes, False)]
+    check([slots], [Row(LOUD, grad_factor)], dtypes, l2=False, amsgrad=False)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -282,7 +316,7 @@ def run_take_grad(
 ) -> tuple[Array, Array]:
     state = np.zeros(len(param), reference.STORAGE_DTYPES[dtypes[2]])
     placed = [Placed(param), Placed(grad), Placed(state)]
-    table = np.array([[scale]], np.float32)
+    table = np.array([[scale, 1, 0]], np.float32)
     launch([placed], [len(param)], [0], table, dtypes, take_grad, ())
     return placed[0].read(), placed[2].read()
 
@@ -328,34 +362,37 @@ def test_index_beyond_31_bits() -> None:
     placed = [Placed(stored) for stored in slots]
     record = [slot.address - 4 * elements for slot in placed] + [elements + tail, 0]
     chunks = [[0, elements // TILE], [0, elements // TILE + 1]]
-    table = coefficients([LOUD])
+    table = coefficients([Row(LOUD)])
     update.update_kernel[(2,)](
         torch.tensor(chunks, dtype=torch.int32, device=DEVICE),
         torch.tensor([record], device=DEVICE),
         torch.from_numpy(table).to(DEVICE),
-        **update.constants(ADAM, (False, False, False), (F32, F32, F32), 4, table.shape[1]),
+        **update.constants(ADAM, (False, False, False), (F32, F32, F32), 2, table.shape[1] - 2),
         **update.COMPILE_OPTIONS,
     )
-    param, exp_avg, exp_avg_sq, _ = reference.adamw(*slots, **LOUD)
-    for slot, want in zip([0, 2, 3], [param, exp_avg, exp_avg_sq], strict=True):
-        assert_same(placed[slot].read(), want, F32, f"slot {slot}")
+    wanted = stepped(slots, [F32] * 4, Row(LOUD), amsgrad=False, ema=False, zero_grads=False)
+    for i, (slot, want) in enumerate(zip(placed, wanted, strict=True)):
+        assert_same(slot.read(), want, F32, f"slot {i}")
 
 
 def test_chunk_table_lists_every_tile_once() -> None:
     numels = [0, 1, TILE, TILE + 1, 0, 3 * TILE - 1, 0]
-    found = update.chunk_table(np.array(numels).tobytes(), DEVICE).tolist()
+    found = tables.chunk_table(np.array(numels).tobytes(), TILE, DEVICE).tolist()
     assert found == [[i, tile] for i, n in enumerate(numels) for tile in range(-(-n // TILE))]
-    assert update.chunk_table(np.array([1 << 33]).tobytes(), DEVICE)[-1, 1] == (1 << 33) // TILE - 1
+    huge = tables.chunk_table(np.array([1 << 33]).tobytes(), TILE, DEVICE)
+    assert huge[-1, 1] == (1 << 33) // TILE - 1
 
 
 @pytest.mark.parametrize("tensors", [0, 2])
 def test_nothing_to_do(tensors: int) -> None:
-    table = coefficients([LOUD])
+    table = coefficients([Row(LOUD)])
     triton_kernels.launch(
         torch.zeros(tensors, 4, dtype=torch.int64),
         torch.zeros(tensors, dtype=torch.int64),
         torch.zeros(tensors, dtype=torch.int32),
         torch.from_numpy(table),
+        emas=None,
+        zero_grads=True,
         rule=ADAM,
         options=(False, False, False),
         dtypes=(F32, F32, F32),
@@ -363,12 +400,14 @@ def test_nothing_to_do(tensors: int) -> None:
     )
 
 
-def bucket(tensors: list[list[Placed]], numels: list[int], row: Hyperparameters) -> Any:
+def bucket(slots: list[Placed], numel: int, row: Row, ema: bool, zero_grads: bool) -> Any:
     """A stand-in for what the extension hands out, its arrays read-only."""
+    addresses = np.array([[slot.address for slot in slots]], np.int64)
     arrays: dict[str, Array] = {
-        "addresses": np.array([[slot.address for slot in slots] for slots in tensors], np.int64),
-        "numels": np.array(numels, np.int64),
-        "rows": np.zeros(len(tensors), np.int32),
+        "addresses": addresses[:, :-1] if ema else addresses,
+        "emas": addresses[:, -1] if ema else np.empty(0, np.int64),
+        "numels": np.array([numel], np.int64),
+        "rows": np.zeros(1, np.int32),
         "coefficients": coefficients([row]),
     }
     for array in arrays.values():
@@ -379,22 +418,25 @@ def bucket(tensors: list[list[Placed]], numels: list[int], row: Hyperparameters)
         param_dtype=BF16,
         grad_dtype=F32,
         state_dtype=F32,
+        zero_grads=zero_grads,
         **arrays,
     )
 
 
+@pytest.mark.parametrize(("ema", "zero_grads"), [(False, False), (True, False), (False, True)])
 @pytest.mark.filterwarnings("error")
-def test_engine_adapter() -> None:
+def test_engine_adapter(ema: bool, zero_grads: bool) -> None:
     assert engine.unavailable_reason() is None
     rng = np.random.default_rng(6)
     dtypes = (BF16, F32, F32)
-    slots = random_slots(rng, 100, dtypes, True)
+    slots = random_slots(rng, 100, dtypes, True, ema)
     slots[1][:2] = np.inf, np.nan
     placed = [Placed(stored) for stored in slots]
-    engine.run(bucket([placed], [100], LOUD), DEVICE)
-    values = [reference.load(x, d) for x, d in zip(slots, slot_dtypes(dtypes, True), strict=True)]
-    updated = reference.adamw(*values, **LOUD)
-    assert_same(placed[0].read(), reference.store(updated.param, BF16), BF16, "param")
+    engine.run(bucket(placed, 100, Row(LOUD), ema, zero_grads), DEVICE)
+    names = slot_dtypes(dtypes, True, ema)
+    wanted = stepped(slots, names, Row(LOUD), True, ema, zero_grads)
+    for i, (slot, want, dtype) in enumerate(zip(placed, wanted, names, strict=True)):
+        assert_same(slot.read(), want, dtype, f"slot {i}")
 
 
 @pytest.mark.skipif(not engine.interpreted(), reason="Triton compiles here")

@@ -1,4 +1,4 @@
-"""What Triton compiles the kernel to, for GPUs that need not be present.
+"""What Triton compiles the kernels to, for GPUs that need not be present.
 
 Run as a program, this file compiles its cases and prints the results: the tests do so in a process
 of its own, since Triton cannot both interpret and compile in one.
@@ -21,8 +21,8 @@ import triton
 import triton.language as tl
 
 from bench.kernels.names import BYTES
-from bench.kernels.triton_compiler import Case, compile_case
-from fused_adamw.triton_kernels import RULES, update
+from bench.kernels.triton_compiler import Case, compile_case, compile_norm
+from fused_adamw.triton_kernels import RULES, norm, update
 
 F32, BF16, F16 = "float32", "bfloat16", "float16"
 
@@ -56,6 +56,17 @@ CASES = [
     Case(RULES["adamax"], (), (F32, BF16, F32), states=2),
     Case(RULES["lion"], (), (F32, F32, BF16), states=1),
 ]
+WHOLE_STEPS = [
+    # The most arrays that a tensor may have.
+    *[
+        Case(RULES["adam"], L2_AMSGRAD, dtypes, states=3, ema=True, zero_grads=True)
+        for dtypes in [*MAIN, *MIXED]
+    ],
+    Case(RULES["adam"], ADAMW, MAIN[1], states=2, ema=True),
+    Case(RULES["adam"], ADAMW, MAIN[1], states=2, zero_grads=True),
+]
+CASES += WHOLE_STEPS
+NORM_DTYPES = [F32, BF16, F16]
 # Coefficients that options leave out: l2 and b; b; momentum, c and ahead.
 UNUSED = {("adam", ADAMW): 2, ("adam", L2_AMSGRAD): 1, ("sgd", (False, False)): 3}
 FUSIBLE = Case(multiply_add, (), (F32, F32, F32), states=1)
@@ -65,22 +76,24 @@ Compiled = dict[str, str]  # see compile_case
 
 
 def label(case: Case) -> str:
-    return "-".join([case.rule.__name__, *case.dtypes, *map(str, case.options)])
+    passes = ["ema"] * case.ema + ["zero"] * case.zero_grads
+    return "-".join([case.rule.__name__, *case.dtypes, *map(str, case.options), *passes])
 
 
 def slots(case: Case) -> list[str]:
     """The storage dtype of each array."""
     param, grad, state = case.dtypes
-    return [param, grad, *[state] * case.states]
+    return [param, grad, *[state] * case.states, *[F32] * case.ema]
 
 
 @pytest.fixture(scope="module")
-def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[Case, Compiled]:
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[Case | str, Compiled]:
+    """Of each case the update, of each dtype of gradients the norm."""
     environment = {name: x for name, x in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("triton"))
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
     output = subprocess.check_output([sys.executable, __file__], env=environment, text=True)
-    return dict(zip([*CASES, FUSIBLE], json.loads(output), strict=True))
+    return dict(zip([*CASES, FUSIBLE, *NORM_DTYPES], json.loads(output), strict=True))
 
 
 def accesses(ptx: str) -> Counter[tuple[str, int]]:
@@ -91,7 +104,8 @@ def accesses(ptx: str) -> Counter[tuple[str, int]]:
 
 def table_loads(case: Case) -> Counter[tuple[str, int]]:
     """The accesses that find out what to do."""
-    coefficients = case.coefficients - UNUSED.get((case.rule.__name__, case.options), 0)
+    of_the_rule = case.coefficients - UNUSED.get((case.rule.__name__, case.options), 0)
+    coefficients = of_the_rule + 1 + case.ema  # the gradient's factor, the average's weight
     chunk, addresses, numel, row = 2, len(slots(case)), 1, 1
     return Counter({("ld", 32): chunk + coefficients, ("ld", 64): addresses + numel + row})
 
@@ -101,12 +115,12 @@ all_cases = pytest.mark.parametrize("case", CASES, ids=label)
 
 @all_cases
 def test_aligned_memory_goes_by_16_byte_accesses(
-    case: Case, compiled: dict[Case, Compiled]
+    case: Case, compiled: dict[Case | str, Compiled]
 ) -> None:
     rest_bits = 8 * BYTES[case.dtypes[0]]
     packs, rest = table_loads(case), Counter[tuple[str, int]]()
     for slot, dtype in enumerate(slots(case)):
-        kinds = ["ld"] if slot == update.GRAD.value else ["ld", "st"]
+        kinds = ["ld"] if slot == update.GRAD.value and not case.zero_grads else ["ld", "st"]
         for kind in kinds:
             packs[kind, 128] += ELEMENTS_PER_THREAD * BYTES[dtype] // 16
             rest[kind, 8 * BYTES[dtype]] += 1  # element by element
@@ -117,14 +131,25 @@ def test_aligned_memory_goes_by_16_byte_accesses(
     assert found == packs + Counter({access: unrolled * n for access, n in rest.items()})
 
 
+@pytest.mark.parametrize("case", WHOLE_STEPS, ids=label)
+def test_local_memory_is_not_used(case: Case, compiled: dict[Case | str, Compiled]) -> None:
+    assert not spills(compiled[case])
+
+
+def spills(kernel: Compiled) -> bool:
+    return "STACK:0 " not in kernel["usage"] or bool(re.search(r"\b(?:LDL|STL)\b", kernel["sass"]))
+
+
 @all_cases
-def test_every_access_to_a_tensor_is_masked(case: Case, compiled: dict[Case, Compiled]) -> None:
+def test_every_access_to_a_tensor_is_masked(
+    case: Case, compiled: dict[Case | str, Compiled]
+) -> None:
     lines = re.findall(r"^.*\b(?:ld|st)\.global.*$", compiled[case]["ptx"], re.MULTILINE)
     without = accesses("\n".join(line for line in lines if "@%p" not in line))
     assert without == table_loads(case)
 
 
-def test_ptxas_fuses_nothing(compiled: dict[Case, Compiled]) -> None:
+def test_ptxas_fuses_nothing(compiled: dict[Case | str, Compiled]) -> None:
     sass = compiled[FUSIBLE]["sass"]
     assert re.search(r"\bFMUL\b", sass)
     assert not re.search(r"\bFFMA", sass)
@@ -132,12 +157,43 @@ def test_ptxas_fuses_nothing(compiled: dict[Case, Compiled]) -> None:
 
 @pytest.mark.parametrize(("dtype", "suffix"), [(BF16, "bf16"), (F16, "f16")])
 def test_rounding_to_storage_is_to_nearest_even(
-    dtype: str, suffix: str, compiled: dict[Case, Compiled]
+    dtype: str, suffix: str, compiled: dict[Case | str, Compiled]
 ) -> None:
     ptx = compiled[Case(RULES["adam"], L2_AMSGRAD, (dtype, dtype, dtype), states=3)]["ptx"]
     narrowing = set(re.findall(rf"\bcvt\S*\.{suffix}(?:x2)?\.f32", ptx))
     assert narrowing == {f"cvt.rn.{suffix}x2.f32", f"cvt.rn.{suffix}.f32"}
 
 
+all_norms = pytest.mark.parametrize("dtype", NORM_DTYPES)
+
+
+@all_norms
+def test_norm_goes_by_16_byte_accesses(dtype: str, compiled: dict[Case | str, Compiled]) -> None:
+    ptx = compiled[dtype]["ptx"]
+    packs = ELEMENTS_PER_THREAD * BYTES[dtype] // 16
+    tables = Counter({("ld", 32): 2, ("ld", 64): 3, ("st", 64): 1})
+    rest = Counter({("ld", 8 * BYTES[dtype]): ELEMENTS_PER_THREAD})
+    assert accesses(ptx) == Counter({("ld", 128): norm.ROWS.value * packs}) + rest + tables
+    loads = re.findall(r"^.*\bld\.global.*$", ptx, re.MULTILINE)
+    assert sum("@%p" not in load for load in loads) == 5  # the tables'
+
+
+@all_norms
+def test_norm_uses_no_local_memory(dtype: str, compiled: dict[Case | str, Compiled]) -> None:
+    assert not spills(compiled[dtype])
+
+
+@all_norms
+def test_norm_adds_and_multiplies_in_binary64(
+    dtype: str, compiled: dict[Case | str, Compiled]
+) -> None:
+    ptx, sass = compiled[dtype]["ptx"], compiled[dtype]["sass"]
+    assert not re.search(r"\bfma\b|\bmad\.\S*f|\b(?:add|mul)\.\S*f32|\.ftz\b", ptx)
+    assert re.search(r"\bDMUL\b", sass)
+    assert re.search(r"\bDADD\b", sass)
+    assert not re.search(r"\bDFMA\b|\bF(?:ADD|MUL|FMA)\b", sass)
+
+
 if __name__ == "__main__":
-    print(json.dumps([compile_case(case, ARCH) for case in [*CASES, FUSIBLE]]))
+    kernels = [compile_case(case, ARCH) for case in [*CASES, FUSIBLE]]
+    print(json.dumps(kernels + [compile_norm(dtype, ARCH) for dtype in NORM_DTYPES]))

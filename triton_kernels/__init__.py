@@ -1,10 +1,11 @@
-"""The update rules as Triton functions, and one kernel that applies a rule to a list of tensors.
+"""The update rules as Triton functions, and kernels over a list of tensors: step, squared norm.
 
 Knows nothing of the rest of the package: torch and triton are its only imports.
 """
 
+from .norm import launch_norm
 from .rules import RULES
 from .storage import INTERPRETED
 from .update import launch
 
-__all__ = ["INTERPRETED", "RULES", "launch"]
+__all__ = ["INTERPRETED", "RULES", "launch", "launch_norm"]

@@ -5,6 +5,8 @@
 import triton
 import triton.language as tl
 
+STORAGE_DTYPES = {"float32": tl.float32, "bfloat16": tl.bfloat16, "float16": tl.float16}
+
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 """Whether kernels run in Triton's interpreter, on tensors in host memory, instead of on a GPU."""
 

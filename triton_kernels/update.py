@@ -1,17 +1,20 @@
-"""One kernel over a whole list of tensors: look up, load, apply a rule, store. It knows no rule."""
+"""One kernel over a whole list of tensors: look up, load, apply a rule, store. It knows no rule.
+
+It does the whole step in one pass: before the rule it unscales and clips the gradient, after it it
+averages the parameter and zeroes the gradient, where that is asked for.
+"""
 
 # mypy: disable-error-code="no-untyped-def,untyped-decorator,assignment"
 # ruff: noqa: RUF005 (Triton does not unpack tuples)
 
-import contextlib
-import functools
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 
-from .storage import narrow, widen
+from .storage import STORAGE_DTYPES, narrow, widen
+from .tables import chunk_table, load_scalars, resident, table_memory
 
 # [note: tile]
 # One program updates one tile, and a thread 8 elements of it: one 16-byte access of an array of 16
@@ -28,21 +31,21 @@ TILE = tl.constexpr(8 * THREADS.value)
 
 COMPILE_OPTIONS: dict[str, Any] = {"num_warps": NUM_WARPS, "enable_fp_fusion": False}
 
-STORAGE_DTYPES = {"float32": tl.float32, "bfloat16": tl.bfloat16, "float16": tl.float16}
-
-# The arrays of a tensor, in the order of an address table.
+# The arrays of a tensor, in the order of an address table. A moving average comes last.
 PARAM = tl.constexpr(0)
 GRAD = tl.constexpr(1)
 FIRST_STATE = tl.constexpr(2)
 
+# What ends a row of coefficients: what the gradient is multiplied by, the weight of the average.
+PASS_COEFFICIENTS = tl.constexpr(2)
+
 
 @triton.jit
-def load_scalars(pointer, COUNT: tl.constexpr):
-    """COUNT neighbouring scalars as a tuple."""
-    scalars = ()
-    for k in tl.static_range(COUNT):
-        scalars = scalars + (tl.load(pointer + k),)
-    return scalars
+def averaged(ema, param, weight):
+    """The exponential moving average of the parameter: torch.lerp."""
+    near = ema + weight * (param - ema)
+    far = param - (1 - weight) * (param - ema)
+    return tl.where(weight == 1, param, tl.where(weight < 0.5, near, far))
 
 
 @triton.jit
@@ -54,6 +57,8 @@ def update_range(
     rule: tl.constexpr,
     OPTIONS: tl.constexpr,
     DTYPES: tl.constexpr,
+    EMA: tl.constexpr,
+    ZERO_GRADS: tl.constexpr,
     ALIGNED: tl.constexpr,
 ):
     """Updates elements [begin, end): at most TILE that are ALIGNED, or THREADS that are not."""
@@ -70,11 +75,21 @@ def update_range(
         pointers = pointers + (pointer + index,)
         values = values + (widen(tl.load(pointers[k], inside)),)
 
-    param, states = rule(values[PARAM], values[GRAD], values[FIRST_STATE:], coefficients, OPTIONS)
+    STATES_END: tl.constexpr = len(DTYPES) - EMA
+    RULE_END: tl.constexpr = len(coefficients) - PASS_COEFFICIENTS
+    grad = values[GRAD] * coefficients[RULE_END]
+    states = values[FIRST_STATE:STATES_END]
+    param, states = rule(values[PARAM], grad, states, coefficients[:RULE_END], OPTIONS)
 
-    tl.store(pointers[PARAM], narrow(param, DTYPES[PARAM]), inside)
-    for k in tl.static_range(FIRST_STATE, len(DTYPES)):
+    stored_param = narrow(param, DTYPES[PARAM])
+    tl.store(pointers[PARAM], stored_param, inside)
+    for k in tl.static_range(FIRST_STATE, STATES_END):
         tl.store(pointers[k], narrow(states[k - FIRST_STATE], DTYPES[k]), inside)
+    if EMA:
+        ema = averaged(values[STATES_END], widen(stored_param), coefficients[RULE_END + 1])
+        tl.store(pointers[STATES_END], ema, inside)
+    if ZERO_GRADS:
+        tl.store(pointers[GRAD], tl.zeros([BLOCK], DTYPES[GRAD]), inside)
 
 
 # The alignment of a table says nothing about that of the tensors it lists.
@@ -87,17 +102,22 @@ def update_kernel(
     OPTIONS: tl.constexpr,
     DTYPES: tl.constexpr,
     COEFFICIENTS: tl.constexpr,
+    EMA: tl.constexpr,
+    ZERO_GRADS: tl.constexpr,
 ):
     """Updates one tile of one tensor.
 
     Args:
         chunks: int32 [programs, 2]: index of the tensor, index of the tile in it.
         tensors: int64 [tensors, slots + 2]: address of each slot, number of elements, row.
-        coefficients: float32 [rows, COEFFICIENTS].
+        coefficients: float32 [rows, COEFFICIENTS + 2]: those of the rule, the gradient's factor,
+            the weight of the average.
         rule: see `rules`.
         OPTIONS: passed on to the rule.
-        DTYPES: storage dtype of each slot: param, grad, then the states.
+        DTYPES: storage dtype of each slot: param, grad, the states, the average.
         COEFFICIENTS: how many the rule takes.
+        EMA: whether the last slot is a moving average of the param.
+        ZERO_GRADS: whether the gradient is overwritten with zeros.
     """
     chunk = chunks + 2 * tl.program_id(0)
     tensor = tl.load(chunk).to(tl.int64)
@@ -108,7 +128,8 @@ def update_kernel(
     slots = load_scalars(record, SLOTS)
     numel = tl.load(record + SLOTS)
     row = tl.load(record + SLOTS + 1)
-    scalars = load_scalars(coefficients + row * COEFFICIENTS, COEFFICIENTS)
+    COLUMNS: tl.constexpr = COEFFICIENTS + PASS_COEFFICIENTS
+    scalars = load_scalars(coefficients + row * COLUMNS, COLUMNS)
 
     address_bits = slots[0]
     for k in tl.static_range(1, SLOTS):
@@ -122,39 +143,20 @@ def update_kernel(
     rest = begin
     if address_bits % 16 == 0:
         rest = tl.multiple_of(end // 16 * 16, 16)
-        update_range(slots, begin, rest, scalars, rule, OPTIONS, DTYPES, True)
+        update_range(slots, begin, rest, scalars, rule, OPTIONS, DTYPES, EMA, ZERO_GRADS, True)
     while rest < end:
-        update_range(slots, rest, end, scalars, rule, OPTIONS, DTYPES, False)
+        update_range(slots, rest, end, scalars, rule, OPTIONS, DTYPES, EMA, ZERO_GRADS, False)
         rest += THREADS
-
-
-@functools.lru_cache(maxsize=32)
-def chunk_table(numels: bytes, device: torch.device) -> torch.Tensor:
-    """The tiles of a list of tensors, which is the same step after step and so is kept.
-
-    Args:
-        numels: elements of each tensor, as the bytes of int64 numbers.
-        device: where the table is to be.
-
-    Returns:
-        int32 [tiles, 2]: index of the tensor, index of the tile in it.
-    """
-    tiles = (
-        torch.frombuffer(bytearray(numels), dtype=torch.int64) + (TILE.value - 1)
-    ) // TILE.value
-    tensor = torch.repeat_interleave(tiles)
-    first = tiles.cumsum(0) - tiles
-    tile = torch.arange(len(tensor)) - first[tensor]
-    # The host waits for this copy, so that any stream may use the table later.
-    return torch.stack((tensor, tile), dim=1).to(torch.int32).to(device)
 
 
 def constants(
     rule: Any,
     options: tuple[bool, ...],
     dtypes: tuple[str, str, str],
-    slots: int,
+    states: int,
     coefficients: int,
+    ema: bool = False,
+    zero_grads: bool = False,
 ) -> dict[str, Any]:
     """What `update_kernel` is compiled for. Takes `launch`'s arguments and the sizes of its lists.
 
@@ -162,15 +164,19 @@ def constants(
         rule: see `launch`.
         options: see `launch`.
         dtypes: see `launch`.
-        slots: arrays of each tensor.
-        coefficients: coefficients in a row.
+        states: how many the rule has.
+        coefficients: how many the rule takes.
+        ema: whether there are moving averages.
+        zero_grads: see `launch`.
     """
     param, grad, state = (STORAGE_DTYPES[dtype] for dtype in dtypes)
     return {
         "rule": rule,
         "OPTIONS": options,
-        "DTYPES": (param, grad, *[state] * (slots - FIRST_STATE.value)),
+        "DTYPES": (param, grad, *[state] * states, *[tl.float32] * ema),
         "COEFFICIENTS": coefficients,
+        "EMA": ema,
+        "ZERO_GRADS": zero_grads,
     }
 
 
@@ -180,6 +186,8 @@ def launch(
     rows: torch.Tensor,
     coefficients: torch.Tensor,
     *,
+    emas: torch.Tensor | None,
+    zero_grads: bool,
     rule: Any,
     options: tuple[bool, ...],
     dtypes: tuple[str, str, str],
@@ -197,7 +205,11 @@ def launch(
             elements in one dense order. The address of an empty tensor is not used.
         numels: int64 [tensors]: elements of each tensor.
         rows: int32 [tensors]: which row of the coefficients each tensor takes.
-        coefficients: float32 [rows, coefficients], the columns in the order the rule has them.
+        coefficients: float32 [rows, coefficients + 2], the columns in the order the rule has them,
+            then what the gradient is multiplied by and the weight of the param in its average.
+        emas: int64 [tensors]: where the float32 moving average of each param begins, in the order
+            of its elements; None: there is none.
+        zero_grads: whether the gradients are overwritten with zeros.
         rule: a Triton function of `rules`.
         options: what the rule is compiled for; see its OPTIONS.
         dtypes: storage of param, grad and states: "float32", "bfloat16" or "float16".
@@ -205,28 +217,34 @@ def launch(
     """
     if not torch.any(numels):
         return  # a grid cannot be empty
-    chunks = chunk_table(numels.numpy().tobytes(), device)
+    chunks = chunk_table(numels.numpy().tobytes(), TILE.value, device)
 
     tensors, slots = addresses.shape
-    record = slots + 2
-    on_gpu = device.type != "cpu"
+    record = slots + (emas is not None) + 2
     words = tensors * record + (coefficients.numel() + 1) // 2  # two float32 in a word
-    table = torch.empty(words, dtype=torch.int64, pin_memory=on_gpu)
+    table = table_memory(words, device)
     records = table[: tensors * record].view(tensors, record)
     records[:, :slots] = addresses
-    records[:, slots] = numels
-    records[:, slots + 1] = rows
+    if emas is not None:
+        records[:, slots] = emas
+    records[:, -2] = numels
+    records[:, -1] = rows
     flat = coefficients.reshape(-1)
     table[tensors * record :].view(torch.float32)[: len(flat)] = flat
 
-    with torch.cuda.device(device) if on_gpu else contextlib.nullcontext():
-        table = table.to(device, non_blocking=True)
-        if on_gpu:  # they may have been made on another stream, which knows nothing of this launch
-            chunks.record_stream(torch.cuda.current_stream())
+    with resident(chunks, table, device) as table:
         update_kernel[(len(chunks),)](
             chunks,
             table,
             table[tensors * record :].view(torch.float32),
-            **constants(rule, options, dtypes, slots, coefficients.shape[1]),
+            **constants(
+                rule,
+                options,
+                dtypes,
+                states=slots - FIRST_STATE.value,
+                coefficients=coefficients.shape[1] - PASS_COEFFICIENTS.value,
+                ema=emas is not None,
+                zero_grads=zero_grads,
+            ),
             **COMPILE_OPTIONS,
         )

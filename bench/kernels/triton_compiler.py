@@ -26,7 +26,7 @@ from triton.compiler import ASTSource
 from bench.kernels.dumps import cuda_kernels
 from bench.kernels.gpus import GPUS
 from fused_adamw import triton_kernels
-from fused_adamw.triton_kernels import update
+from fused_adamw.triton_kernels import norm, update
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
@@ -40,12 +40,16 @@ class Case:
         options: its OPTIONS.
         dtypes: of param, grad and states, by name.
         states: how many there are.
+        ema: whether there is a moving average of the param.
+        zero_grads: whether the gradient is zeroed.
     """
 
     rule: Any
     options: tuple[bool | str, ...]
     dtypes: tuple[str, ...]
     states: int
+    ema: bool = False
+    zero_grads: bool = False
 
     @property
     def coefficients(self) -> int:
@@ -57,39 +61,65 @@ class Case:
 
 
 def compile_case(case: Case, arch: int) -> dict[str, Any]:
+    """Compiles the update; see `compile_kernel`."""
+    constants = update.constants(
+        case.rule,
+        case.options,
+        case.dtypes,
+        case.states,
+        case.coefficients,
+        case.ema,
+        case.zero_grads,
+    )
+    tables = {"chunks": "*i32", "tensors": "*i64", "coefficients": "*fp32"}
+    return compile_kernel(update.update_kernel, tables, constants, update.COMPILE_OPTIONS, arch)
+
+
+def compile_norm(dtype: str, arch: int) -> dict[str, Any]:
+    """Compiles the squared norm of gradients of a dtype; see `compile_kernel`."""
+    tables = {"chunks": "*i32", "tensors": "*i64", "partials": "*fp64"}
+    constants = norm.constants(dtype)
+    return compile_kernel(norm.norm_kernel, tables, constants, norm.COMPILE_OPTIONS, arch)
+
+
+def compile_kernel(
+    kernel: Any,
+    tables: dict[str, str],
+    constants: dict[str, Any],
+    options: dict[str, Any],
+    arch: int,
+) -> dict[str, Any]:
     """Compiles and disassembles.
 
     Args:
-        case: what to compile.
+        kernel: a Triton function.
+        tables: the types of its arguments, by name.
+        constants: the values of those it is compiled for, by name.
+        options: the compiler's.
         arch: compute capability times ten.
 
     Returns:
         PTX ("ptx"), the dumps of cuobjdump ("sass", "usage") and the bytes of shared memory that a
         launch asks for ("shared").
     """
-    constants = update.constants(
-        case.rule, case.options, case.dtypes, 2 + case.states, case.coefficients
-    )
-    tables = {"chunks": "*i32", "tensors": "*i64", "coefficients": "*fp32"}
     source = ASTSource(
-        update.update_kernel,
+        kernel,
         signature=tables | dict.fromkeys(constants, "constexpr"),
         constexprs=constants,
     )
-    target = GPUTarget("cuda", arch, 32)
-    kernel = triton.compile(source, target=target, options=update.COMPILE_OPTIONS)
+    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
-        cubin.write(kernel.asm["cubin"])
+        cubin.write(compiled.asm["cubin"])
         cubin.flush()
         sass, usage = (
             subprocess.check_output([TOOLS / "cuobjdump", f"--dump-{what}", cubin.name], text=True)
             for what in ("sass", "resource-usage")
         )
     return {
-        "ptx": kernel.asm["ptx"],
+        "ptx": compiled.asm["ptx"],
         "sass": sass,
         "usage": usage,
-        "shared": kernel.metadata.shared,
+        "shared": compiled.metadata.shared,
     }
 
 

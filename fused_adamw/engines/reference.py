@@ -1,7 +1,7 @@
 """The reference as an engine: `fused_adamw.reference` on the memory of a bucket of tensors.
 
-It computes the coefficients anew from the hyperparameters, where the other engines take those the
-extension computed, so that a comparison with it covers the coefficients too.
+It computes a rule's coefficients anew from the hyperparameters, where the other engines take those
+the extension computed, so that a comparison with it covers the coefficients too.
 """
 
 from __future__ import annotations
@@ -29,16 +29,23 @@ def run(bucket: Any, hyperparameters: Sequence[Any]) -> None:
     Args:
         bucket: tensors in host memory of one dtype combination, as the extension hands them out:
             ``param_dtype``, ``grad_dtype``, ``state_dtype`` are names of dtypes; ``addresses``
-            [tensors, slots] has the param, the gradient and the states; ``numels``, ``groups``
-            and ``steps`` are integers [tensors], ``scalars`` [tensors] what the rule carries.
+            [tensors, slots] has the param, the gradient and the states, ``emas`` [tensors] the
+            float32 averages of the params, or nothing; ``numels``, ``groups``, ``rows`` and
+            ``steps`` are integers [tensors], ``scalars`` [tensors] what the rule carries; each row
+            of ``coefficients`` ends with the gradient's factor and the weight of the average;
+            ``zero_grads`` says whether the gradients are zeroed.
         hyperparameters: for each param group, which ``bucket.groups`` are indices of, an object
             with the name of its ``rule`` and the ``values`` by name.
     """
     state_dtype = bucket.state_dtype
     slots = bucket.addresses.shape[1]
     dtypes = (bucket.param_dtype, bucket.grad_dtype, *[state_dtype] * (slots - 2))
-    columns = (bucket.addresses, bucket.numels, bucket.groups, bucket.steps, bucket.scalars)
-    for addresses, numel, group, step, scalar in zip(*columns, strict=True):
+    averages = bucket.emas if len(bucket.emas) else [None] * len(bucket.numels)
+    shared = bucket.coefficients[bucket.rows, -2:]
+    columns = (bucket.addresses, averages, bucket.numels, bucket.groups, bucket.steps)
+    for addresses, average, numel, group, step, scalar, (grad_factor, ema_weight) in zip(
+        *columns, bucket.scalars, shared, strict=True
+    ):
         if numel == 0:  # such a tensor may have a null address
             continue
         views = [
@@ -50,8 +57,31 @@ def run(bucket: Any, hyperparameters: Sequence[Any]) -> None:
         position: dict[str, Any] = {"step": int(step)}
         if rule in reference.CARRIES:
             position["scalar"] = float(scalar)
-        updated = reference.update(rule, *values, **position, **hyperparameters[group].values)
-        outputs = list(zip(views, dtypes, strict=True))
-        del outputs[1]  # the gradient is only read
-        for (view, dtype), array in zip(outputs, updated, strict=True):
+        updated = reference.update(
+            rule, *values, grad_factor=grad_factor, **position, **hyperparameters[group].values
+        )
+        param, grad, *states = zip(views, dtypes, strict=True)
+        for (view, dtype), array in zip([param, *states], updated, strict=True):
             view[...] = reference.store(array, dtype)
+        if average is not None:
+            ema = _view(int(average), int(numel), "float32")
+            ema[...] = reference.ema(ema, reference.load(*param), ema_weight)
+        if bucket.zero_grads:
+            grad[0][...] = 0
+
+
+def square_sums(bucket: Any, partials: NDArray[np.float64]) -> None:
+    """Writes the sums of squares of the gradients' chunks.
+
+    Args:
+        bucket: see `run`; ``chunks`` [tensors] has the place of each gradient's first chunk.
+        partials: [chunks of the list, 1].
+    """
+    dtype = bucket.grad_dtype
+    for address, numel, chunk in zip(
+        bucket.addresses[:, 1], bucket.numels, bucket.chunks, strict=True
+    ):
+        if numel == 0:
+            continue
+        sums = reference.squared_norm_partials(_view(int(address), int(numel), dtype), dtype)
+        partials[chunk : chunk + len(sums), 0] = sums

@@ -44,10 +44,32 @@ def run(bucket: _C.Bucket, device: torch.device) -> None:
             _tensor(bucket.numels),
             _tensor(bucket.rows),
             _tensor(bucket.coefficients),
+            emas=_tensor(bucket.emas) if len(bucket.emas) else None,
+            zero_grads=bucket.zero_grads,
             rule=triton_kernels.RULES[bucket.functor],
             options=bucket.options,
             dtypes=(bucket.param_dtype, bucket.grad_dtype, bucket.state_dtype),
             device=device,
+        )
+
+
+def square_sums(bucket: _C.Bucket, partials: torch.Tensor) -> None:
+    """Writes the sums of squares of the gradients' chunks.
+
+    Args:
+        bucket: see `run`.
+        partials: float64 [chunks of the list, 1] on the tensors' device.
+    """
+    import fused_adamw.triton_kernels as triton_kernels
+
+    with np.errstate(all="ignore"):
+        triton_kernels.launch_norm(
+            _tensor(np.ascontiguousarray(bucket.addresses[:, 1])),
+            _tensor(bucket.numels),
+            _tensor(bucket.chunks),
+            partials,
+            dtype=bucket.grad_dtype,
+            device=partials.device,
         )
 
 
