@@ -134,8 +134,7 @@ struct ChunkRuns {
 double* doubles_at(std::intptr_t address) { return reinterpret_cast<double*>(address); }
 
 // Sums of chunks, `stride` columns in a row, folded for each of `groups` param groups.
-py::array_t<double> fold(std::intptr_t address, int stride,
-                         const ChunkRuns& runs, int groups) {
+py::array_t<double> fold(std::intptr_t address, int stride, const ChunkRuns& runs, int groups) {
   std::vector<std::vector<double>> of_group(static_cast<std::size_t>(groups));
   py::array_t<double> folded({groups, stride});
   const double* partials = doubles_at(address);
@@ -235,8 +234,7 @@ PYBIND11_MODULE(_C, m) {
           py::arg("t"), py::arg("scalar") = 0.0);
 
   py::class_<ChunkRuns>(m, "ChunkRuns");
-  m.def("fold", &fold, py::arg("partials"), py::arg("columns"), py::arg("runs"),
-        py::arg("groups"));
+  m.def("fold", &fold, py::arg("partials"), py::arg("columns"), py::arg("runs"), py::arg("groups"));
 
   // The list of parameters, and what a step makes of it.
   m.def("use_exchange_api", &host::use_exchange_api, py::arg("capsule"));
@@ -268,10 +266,9 @@ PYBIND11_MODULE(_C, m) {
       .def_property_readonly(
           "scalars",
           [](const Bucket& b) { return column<double>(b, [](auto& t) { return t.scalar; }); })
-      .def_property_readonly("chunks",
-                             [](const Bucket& b) {
-                               return column<std::int64_t>(b, [](auto& t) { return t.chunk; });
-                             })
+      .def_property_readonly(
+          "chunks",
+          [](const Bucket& b) { return column<std::int64_t>(b, [](auto& t) { return t.chunk; }); })
       .def_property_readonly("emas", &emas)
       .def_readonly("zero_grads", &Bucket::zero_grads)
       .def_property_readonly(
@@ -302,10 +299,9 @@ PYBIND11_MODULE(_C, m) {
                  throw py::value_error("lists of one registration differ in length");
                }
              }
-             return std::make_unique<host::ParameterList>(
-                 host::Registration{params, states, names, counts, scalars, fresh, averages,
-                                    unaveraged, active, groups, labels, restride,
-                                    increment_version});
+             return std::make_unique<host::ParameterList>(host::Registration{
+                 params, states, names, counts, scalars, fresh, averages, unaveraged, active,
+                 groups, labels, restride, increment_version});
            }),
            py::kw_only(), py::arg("params"), py::arg("states"), py::arg("names"), py::arg("counts"),
            py::arg("scalars"), py::arg("fresh"), py::arg("averages"), py::arg("unaveraged"),
@@ -331,9 +327,12 @@ PYBIND11_MODULE(_C, m) {
                                return std::make_unique<ChunkRuns>(ChunkRuns{list.chunk_runs()});
                              })
       .def("set_grad_factor", &host::ParameterList::set_grad_factor, py::arg("factor"))
-      .def("set_observed", [](host::ParameterList& list,
-                              std::intptr_t address) { list.set_observed(doubles_at(address)); },
-           py::arg("address"))
+      .def(
+          "set_observed",
+          [](host::ParameterList& list, std::intptr_t address) {
+            list.set_observed(doubles_at(address));
+          },
+          py::arg("address"))
       .def("release", &host::ParameterList::release)
       .def("let_go", &host::ParameterList::let_go)
       .def("buckets", &host::ParameterList::buckets, py::return_value_policy::reference_internal)

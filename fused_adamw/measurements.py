@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -129,8 +129,7 @@ def _columns(
     devices = dict.fromkeys(map(device_of, buckets))
     make = torch.empty if len(devices) == 1 else torch.zeros  # where a chunk is on another
     return {
-        device: make(native.chunks, count, dtype=torch.float64, device=device)
-        for device in devices
+        device: make(native.chunks, count, dtype=torch.float64, device=device) for device in devices
     }
 
 
@@ -140,8 +139,8 @@ def _folded(sums: Tensor, runs: _C.ChunkRuns, groups: int) -> NDArray[np.float64
     return _C.fold(on_host.data_ptr(), on_host.shape[1], runs, groups)
 
 
-def _sum_over_ranks(square: float, process_group: object) -> float:
-    on_gpu = torch.distributed.get_backend(process_group) == "nccl"  # type: ignore[arg-type]
+def _sum_over_ranks(square: float, process_group: Any) -> float:
+    on_gpu = torch.distributed.get_backend(process_group) == "nccl"
     total = torch.tensor(square, dtype=torch.float64, device="cuda" if on_gpu else "cpu")
-    torch.distributed.all_reduce(total, group=process_group)  # type: ignore[arg-type]
+    torch.distributed.all_reduce(total, group=process_group)
     return float(total)

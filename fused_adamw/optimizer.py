@@ -393,9 +393,7 @@ class FusedOptimizer(Optimizer):
         Raises:
             RuntimeError: within another such scope, or where there are no averages.
         """
-        averaged = [
-            (param, state[EMA]) for param, state in self._state.items() if EMA in state
-        ]
+        averaged = [(param, state[EMA]) for param, state in self._state.items() if EMA in state]
         if self._swapped or not averaged:
             found = "the averages in place already" if self._swapped else "no averages"
             raise RuntimeError(f"swap_ema: found {found}, accepted: after a step with ema_decay")
@@ -478,7 +476,7 @@ class FusedOptimizer(Optimizer):
         """Steps over a new registration, which is kept for the steps that follow."""
         new: list[tuple[Tensor, bool]] = []  # and whether it had an empty state
         new_averages: list[Tensor] = []  # of parameters that had a state
-        registered = None
+        registered: RegisteredList | None = None
         averages = options.ema_decay is not None
         begins = averages and not any(EMA in state for state in self._state.values())
 

@@ -212,4 +212,3 @@ class RegisteredList:
         if device not in self._engines:
             self._engines[device] = engine_for(self.engine, bucket)
         return self._engines[device]
-

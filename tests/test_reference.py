@@ -6,7 +6,6 @@ import dataclasses
 import decimal
 import math
 import sys
-import math
 from fractions import Fraction
 from itertools import product
 from types import SimpleNamespace

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer, lr_scheduler
 
 from fused_adamw import _C, FusedAdamW, FusedSGD, registration
-from fused_adamw.engines import _CPU
+from fused_adamw.engines import Engine
 
 # --- Memory that changes behind the optimizer's back ---------------------------------------------
 
@@ -304,6 +304,9 @@ def test_engine_that_fails_on_the_second_bucket(
             before = [value.clone() for value in before]
             calls: list[int] = []
 
+            def never(bucket: Any, sums: Any) -> None:
+                raise AssertionError
+
             def run(bucket: Any, hyperparameters: Any, calls: list[int] = calls) -> None:
                 calls.append(1)
                 if len(calls) == 2:
@@ -311,8 +314,7 @@ def test_engine_that_fails_on_the_second_bucket(
                 _C.update_cpu(bucket, 1)
 
             with monkeypatch.context() as patch:
-                engine = _CPU._replace(update=run)
-                patch.setattr(registration, "engine_for", lambda *_: engine)
+                patch.setattr(registration, "engine_for", lambda *_, run=run: Engine(run, never))
                 optimizer.state  # noqa: B018  registers anew, with this engine
                 with pytest.raises(EngineFailedError):
                     optimizer.step()

@@ -168,12 +168,13 @@ all_norms = pytest.mark.parametrize("dtype", NORM_DTYPES)
 
 
 @all_norms
-def test_norm_goes_by_16_byte_accesses(dtype: str, compiled: dict[Case | str, Compiled]) -> None:
+def test_norm_reads_neighbours_at_once(dtype: str, compiled: dict[Case | str, Compiled]) -> None:
     ptx = compiled[dtype]["ptx"]
-    packs = ELEMENTS_PER_THREAD * BYTES[dtype] // 16
+    lanes = norm.SEGMENTS.value * norm.LANES.value // norm.THREADS
     tables = Counter({("ld", 32): 2, ("ld", 64): 3, ("st", 64): 1})
-    rest = Counter({("ld", 8 * BYTES[dtype]): ELEMENTS_PER_THREAD})
-    assert accesses(ptx) == Counter({("ld", 128): norm.ROWS.value * packs}) + rest + tables
+    rest = Counter({("ld", 8 * BYTES[dtype]): lanes})
+    rows = Counter({("ld", 8 * BYTES[dtype] * lanes): norm.ROWS.value})
+    assert accesses(ptx) == rows + rest + tables
     loads = re.findall(r"^.*\bld\.global.*$", ptx, re.MULTILINE)
     assert sum("@%p" not in load for load in loads) == 5  # the tables'
 

@@ -21,9 +21,11 @@ LANES = tl.constexpr(32)
 SEGMENT = tl.constexpr(CHUNK.value // SEGMENTS.value)
 ROWS = tl.constexpr(SEGMENT.value // LANES.value)
 
-# A program sums one chunk, and a thread two lanes of it: accesses are of 8 bytes in float32, of 4 in
-# 16 bits, and those of all rows are independent of one another.
-COMPILE_OPTIONS: dict[str, Any] = {"num_warps": 4, "enable_fp_fusion": False}
+# A program sums one chunk, and a thread two lanes of it: accesses are of 8 bytes in float32, of 4
+# in 16 bits, and those of all rows are independent of one another.
+NUM_WARPS = 4
+THREADS = 32 * NUM_WARPS
+COMPILE_OPTIONS: dict[str, Any] = {"num_warps": NUM_WARPS, "enable_fp_fusion": False}
 
 
 @triton.jit

@@ -33,12 +33,13 @@ struct Bucket {
   int device_index = 0;
   void* stream = nullptr;  // the device's current stream in torch; null on a CPU
   std::vector<TensorEntry> tensors;
-  std::vector<float> coefficients;  // rows of `coefficients_per_row` floats: the rule's and the pass's
+  std::vector<float>
+      coefficients;  // rows of `coefficients_per_row` floats: the rule's and the pass's
   int coefficients_per_row = 0;
-  bool has_ema = false;      // every tensor has an average, or none has
-  bool zero_grads = false;   // gradients are zeroed once they have been read
+  bool has_ema = false;        // every tensor has an average, or none has
+  bool zero_grads = false;     // gradients are zeroed once they have been read
   double* observed = nullptr;  // rows of kObserved sums, one a chunk of the list; or null
-  std::int64_t numel = 0;  // elements over all tensors
+  std::int64_t numel = 0;      // elements over all tensors
 
   bool is_plain() const { return !has_ema && !zero_grads && observed == nullptr; }
 

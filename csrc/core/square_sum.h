@@ -2,8 +2,8 @@
 //
 // [note: square sums] A tensor is cut into chunks, a chunk into segments, and a segment's elements
 // go to 32 lanes in turn: the registers of a vector unit, or the threads of a warp. Lanes fold by
-// halves, segments one after the other; what chunks of a param group gave folds in 256 lanes. All in
-// binary64, where the square of a float is exact: no gradient overflows it, and 10^8 of them are
+// halves, segments one after the other; what chunks of a param group gave folds in 256 lanes. All
+// in binary64, where the square of a float is exact: no gradient overflows it, and 10^8 of them are
 // summed to about 1e-15.
 #pragma once
 

@@ -148,8 +148,7 @@ FUSED_ADAMW_HD Observation observe_floats(const float* grad, const float* before
 
 // `count` elements whose arrays are float32.
 template <class Functor>
-FUSED_ADAMW_HD void update_floats(const Row<Functor>& row, float* const* slot,
-                                  std::int64_t count) {
+FUSED_ADAMW_HD void update_floats(const Row<Functor>& row, float* const* slot, std::int64_t count) {
   const auto c = row.rule;
   const float factor = row.pass.grad_factor;
   float* param = slot[kParam];
@@ -263,28 +262,28 @@ FUSED_ADAMW_HD void update_span(const Work& work, const Tools& tools) {
 
 using UpdateSpan = void (*)(const Work&, const Tools&);
 
-#define FUSED_ADAMW_LEVEL(name, target)                                                       \
-  template <class Functor>                                                                    \
-  target void update_##name(const Work& work, const Tools& tools) {                           \
-    update_span<Functor>(work, tools);                                                        \
-  }                                                                                           \
-  target void widen_##name(const void* from, Dtype dtype, float* to, std::int64_t count) {    \
-    widen_any(from, dtype, to, count);                                                        \
-  }                                                                                           \
-  target void narrow_##name(const float* from, Dtype dtype, void* to, std::int64_t count) {   \
-    narrow_any(from, dtype, to, count);                                                       \
-  }                                                                                           \
-  target void average_##name(const void* param, Dtype dtype, float* ema, float weight,        \
-                             std::int64_t count) {                                            \
-    average_any(param, dtype, ema, weight, count);                                            \
-  }                                                                                           \
-  target double square_sum_##name(const void* grad, Dtype dtype, std::int64_t count) {        \
-    return square_sum_any(grad, dtype, count);                                                \
-  }                                                                                           \
+#define FUSED_ADAMW_LEVEL(name, target)                                                         \
+  template <class Functor>                                                                      \
+  target void update_##name(const Work& work, const Tools& tools) {                             \
+    update_span<Functor>(work, tools);                                                          \
+  }                                                                                             \
+  target void widen_##name(const void* from, Dtype dtype, float* to, std::int64_t count) {      \
+    widen_any(from, dtype, to, count);                                                          \
+  }                                                                                             \
+  target void narrow_##name(const float* from, Dtype dtype, void* to, std::int64_t count) {     \
+    narrow_any(from, dtype, to, count);                                                         \
+  }                                                                                             \
+  target void average_##name(const void* param, Dtype dtype, float* ema, float weight,          \
+                             std::int64_t count) {                                              \
+    average_any(param, dtype, ema, weight, count);                                              \
+  }                                                                                             \
+  target double square_sum_##name(const void* grad, Dtype dtype, std::int64_t count) {          \
+    return square_sum_any(grad, dtype, count);                                                  \
+  }                                                                                             \
   target Observation observe_##name(const float* grad, const float* before, const float* after, \
-                                    std::int64_t count) {                                     \
-    return observe_floats(grad, before, after, count);                                        \
-  }                                                                                           \
+                                    std::int64_t count) {                                       \
+    return observe_floats(grad, before, after, count);                                          \
+  }                                                                                             \
   constexpr Tools kTools_##name{widen_##name, narrow_##name, average_##name, square_sum_##name, \
                                 observe_##name};
 
@@ -336,10 +335,9 @@ const float* as_floats(const Tools& tools, const Work& work, int slot, float* bu
 // Elements [begin, end) of one tensor.
 Observation update_in_blocks(const Bucket& bucket, const Code& code, const Work& work) {
   const Tools& tools = code.tools;
-  const float weight =
-      reinterpret_cast<const PassCoefficients*>(work.coefficients + bucket.coefficients_per_row -
-                                                kPassCoefficients)
-          ->ema_weight;
+  const float weight = reinterpret_cast<const PassCoefficients*>(
+                           work.coefficients + bucket.coefficients_per_row - kPassCoefficients)
+                           ->ema_weight;
   const int param_size = element_size(bucket.format.param);
   const int grad_size = element_size(bucket.format.grad);
   alignas(64) float before[kPassBlock], after[kPassBlock], grad[kPassBlock];
@@ -445,11 +443,10 @@ void update(const Bucket& bucket, int threads, SimdLevel level) {
   };
   if (bucket.observed != nullptr) {
     auto* observed = reinterpret_cast<Observation*>(bucket.observed);
-    return for_each_chunk(bucket, threads,
-                          [&](const TensorEntry& tensor, const Span& span, std::int64_t chunk) {
-                            observed[chunk] = update_in_blocks(
-                                bucket, code, work(tensor, span.begin, span.end));
-                          });
+    return for_each_chunk(
+        bucket, threads, [&](const TensorEntry& tensor, const Span& span, std::int64_t chunk) {
+          observed[chunk] = update_in_blocks(bucket, code, work(tensor, span.begin, span.end));
+        });
   }
   const auto update_span = [&](const TensorEntry& tensor, std::int64_t begin, std::int64_t end) {
     if (bucket.is_plain()) return code.update(work(tensor, begin, end), code.tools);
@@ -474,12 +471,12 @@ void update(const Bucket& bucket, int threads, SimdLevel level) {
 void square_sums(const Bucket& bucket, double* partials, int threads, SimdLevel level) {
   const Tools& tools = tools_at(level);
   const Dtype dtype = bucket.format.grad;
-  for_each_chunk(bucket, threads,
-                 [&](const TensorEntry& tensor, const Span& span, std::int64_t chunk) {
-                   const char* grad = static_cast<const char*>(tensor.slot[kGrad]);
-                   partials[chunk] = tools.square_sum(grad + span.begin * element_size(dtype),
-                                                      dtype, span.end - span.begin);
-                 });
+  for_each_chunk(
+      bucket, threads, [&](const TensorEntry& tensor, const Span& span, std::int64_t chunk) {
+        const char* grad = static_cast<const char*>(tensor.slot[kGrad]);
+        partials[chunk] =
+            tools.square_sum(grad + span.begin * element_size(dtype), dtype, span.end - span.begin);
+      });
 }
 
 }  // namespace fused_adamw::cpu

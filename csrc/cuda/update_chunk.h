@@ -169,7 +169,8 @@ FUSED_ADAMW_HD void update_range(const LaunchArguments<Functor, kWhole>& argumen
         Storage::with_type(format.param, [&](auto type) {
           using T = decltype(type);
           FUSED_ADAMW_UNROLL
-          for (int j = 0; j < kCount; ++j) value[kParam][j] = to_float(from_float<T>(value[kParam][j]));
+          for (int j = 0; j < kCount; ++j)
+            value[kParam][j] = to_float(from_float<T>(value[kParam][j]));
         });
       }
       if (arguments.observed != nullptr) {

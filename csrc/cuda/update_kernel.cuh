@@ -27,16 +27,15 @@ constexpr int kMostBlocks = 6;
 template <class Functor, class Storage, bool kWhole>
 constexpr int blocks_per_multiprocessor() {
   // The average is one array more, and the sums of an observation take as much as another.
-  const int arrays =
-      kFirstState + Functor::kStates + std::is_same_v<Storage, Mixed> + 2 * kWhole;
+  const int arrays = kFirstState + Functor::kStates + std::is_same_v<Storage, Mixed> + 2 * kWhole;
   return arrays > 4 ? 3 : arrays > 2 ? 4 : kMostBlocks;
 }
 
 template <class Functor, class Storage, bool kWhole>
 __global__ void __launch_bounds__(kThreads, (blocks_per_multiprocessor<Functor, Storage, kWhole>()))
     update_kernel(const __grid_constant__ LaunchArguments<Functor, kWhole> arguments) {
-  const Observation observed = update_chunk<Functor, Storage>(arguments, blockIdx.x,
-                                                              static_cast<int>(threadIdx.x));
+  const Observation observed =
+      update_chunk<Functor, Storage>(arguments, blockIdx.x, static_cast<int>(threadIdx.x));
   if constexpr (kWhole) {
     if (arguments.observed == nullptr) return;
     const Observation sum = fold_block(observed);

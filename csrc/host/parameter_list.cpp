@@ -154,8 +154,8 @@ void ParameterList::register_state(Entry& entry, std::size_t i, py::dict state) 
   entry.fresh = registration_.fresh[i].cast<bool>();
   for (int k = 0; k < entry.states; ++k) {
     const py::str key = names[static_cast<std::size_t>(k)];
-    entry.state[k] = read_array(
-        key, "float32, bfloat16 or float16, the same for every state", [&](Dtype dtype) {
+    entry.state[k] =
+        read_array(key, "float32, bfloat16 or float16, the same for every state", [&](Dtype dtype) {
           if (k == 0) entry.state_dtype = dtype;
           return dtype == entry.state_dtype;
         });
@@ -369,9 +369,9 @@ void ParameterList::prefetch(const Entry& entry) {
 bool ParameterList::Route::fits(const Entry& entry, Dtype grad_dtype,
                                 const Position& position) const {
   return position == at && entry.group == group && entry.unaveraged == unaveraged &&
-         grad_dtype == bucket->format.grad &&
-         entry.dtype == bucket->format.param && entry.state_dtype == bucket->format.state &&
-         entry.device.type == bucket->device_type && entry.device.index == bucket->device_index;
+         grad_dtype == bucket->format.grad && entry.dtype == bucket->format.param &&
+         entry.state_dtype == bucket->format.state && entry.device.type == bucket->device_type &&
+         entry.device.index == bucket->device_index;
 }
 
 const ParameterList::Route& ParameterList::route_of(const Entry& entry,
@@ -379,9 +379,9 @@ const ParameterList::Route& ParameterList::route_of(const Entry& entry,
                                                     const Position& at) {
   Bucket& bucket = bucket_for(entry, group.functor, {entry.dtype, grad_dtype, entry.state_dtype});
   bucket.coefficients_per_row = group.coefficients + kPassCoefficients;
-  const auto [found, is_new] = routes_.try_emplace(
-      {&bucket, entry.group, entry.unaveraged, at.t, at.scalar},
-      Route{&bucket, entry.group, entry.unaveraged, at, 0.0, bucket.rows()});
+  const auto [found, is_new] =
+      routes_.try_emplace({&bucket, entry.group, entry.unaveraged, at.t, at.scalar},
+                          Route{&bucket, entry.group, entry.unaveraged, at, 0.0, bucket.rows()});
   if (is_new) {
     const std::size_t size = bucket.coefficients.size();
     bucket.coefficients.resize(size + static_cast<std::size_t>(bucket.coefficients_per_row));

@@ -79,8 +79,7 @@ class ParameterList {
   // parameter has its first gradient, or has been given other memory. `is_state_held`: someone else
   // has the dict of states.
   bool gather(const std::vector<const Hyperparameters*>& groups,
-              const std::optional<py::list>& grads, bool is_state_held,
-              const StepOptions& options);
+              const std::optional<py::list>& grads, bool is_state_held, const StepOptions& options);
 
   // Of the gradients that gather() found: the number of their chunks ([note: square sums]), those
   // of each group, and with zero_grads the tensors, and which of them were read as copies.

@@ -104,10 +104,10 @@ namespace detail {
 
 template <class... Functor>
 std::vector<FunctorInfo> describe_functors(Types<Functor...>) {
-  return {FunctorInfo{
-      Functor::kName, std::vector<bool>(Functor::kOptions.begin(), Functor::kOptions.end()),
-      Functor::kStates,
-      static_cast<int>(sizeof(typename Functor::Coefficients) / sizeof(float))}...};
+  return {FunctorInfo{Functor::kName,
+                      std::vector<bool>(Functor::kOptions.begin(), Functor::kOptions.end()),
+                      Functor::kStates,
+                      static_cast<int>(sizeof(typename Functor::Coefficients) / sizeof(float))}...};
 }
 
 }  // namespace detail
