@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 import sys
 from abc import abstractmethod
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from copy import deepcopy
 from itertools import chain
-from typing import Any, TypeVar, overload
+from typing import TYPE_CHECKING, Any, TypeVar, overload
 
 import torch
 from torch import Tensor
@@ -26,6 +27,9 @@ from fused_adamw.registration import Member, RegisteredList
 from fused_adamw.schedules import Schedule, from_description
 from fused_adamw.weight_decay import convert_weight_decay
 
+if TYPE_CHECKING:
+    from fused_adamw.step_in_backward import StepInBackward
+
 PARAM_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _PLAIN = frozenset({float, int, bool, str, type(None)})
 _PLAIN_OR_TUPLE = _PLAIN | {tuple}
@@ -35,6 +39,8 @@ _FLAG = "decoupled_weight_decay"  # torch's name for the convention of decay, ke
 _RULES_KEYS = {_FLAG}.union(*map(group_keys, _C.RULES))
 Loss = TypeVar("Loss")
 States = defaultdict[Tensor, dict[str, Any]]
+# Of a parameter its param group, its place there and its number among all.
+Place = tuple[int, int, int]
 
 
 class FusedOptimizer(Optimizer):
@@ -53,6 +59,8 @@ class FusedOptimizer(Optimizer):
     _counts = True
     # What reads the values of a group that make its hyperparameters, as a tuple.
     _values: Callable[[dict[str, Any]], tuple[Any, ...]]
+    # What steps parameters in the backward pass, if anything does.
+    _in_backward: StepInBackward | None = None
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
@@ -73,6 +81,7 @@ class FusedOptimizer(Optimizer):
         self.engine = engine
         self.state_dtype = state_dtype
         self._registered: RegisteredList | None = None
+        self._registered_alone: dict[Tensor, RegisteredList] = {}
         self._known: dict[int, tuple[tuple[Any, ...], _C.Hyperparameters]] = {}
         super().__init__(params, defaults)
 
@@ -114,21 +123,25 @@ class FusedOptimizer(Optimizer):
     def state(self) -> States:
         """Per parameter a dict of its state, as in torch.
 
-        Whoever reads this may change it, or move it to free memory, so the registered list, which
-        holds references to every tensor, is given up; the next step registers anew.
+        Whoever reads this may change it, or move it to free memory, so the registered lists, which
+        hold references to every tensor, are given up; the next step registers anew.
         """
-        self._registered = None
+        self._give_up_registered()
         return self._state
 
     @state.setter
     def state(self, state: States) -> None:
-        self._registered = None
+        self._give_up_registered()
         self.__dict__["state"] = state
 
     @property
     def _state(self) -> States:
         state: States = self.__dict__["state"]
         return state
+
+    def _give_up_registered(self) -> None:
+        self._registered = None
+        self._registered_alone = {}
 
     def _is_state_held(self) -> bool:
         """Whether someone else has the dict of states, and so can reach every tensor in it."""
@@ -150,7 +163,7 @@ class FusedOptimizer(Optimizer):
         except Exception:
             del self.param_groups[count:]
             raise
-        self._registered = None
+        self._give_up_registered()
 
     def _refuse_repeated(self, param_group: dict[str, Any]) -> None:
         """Names the parameter, where torch only warns, or does not say which."""
@@ -226,9 +239,10 @@ class FusedOptimizer(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         former: list[tuple[dict[str, Any], Any]] = []
+        idle = () if self._in_backward is None else self._in_backward.idle_groups()
         for group in self.param_groups:
             if group["schedule"] is not None:
-                former = self._follow_schedules()
+                former = self._follow_schedules(idle)
                 break
         try:
             current = [self._current(index) for index in range(len(self.param_groups))]
@@ -243,16 +257,17 @@ class FusedOptimizer(Optimizer):
             for group, multiplier in former:
                 group["schedule_multiplier"] = multiplier
             raise
-        for group in self.param_groups:
-            group["schedule_step"] += 1
+        for index, group in enumerate(self.param_groups):
+            if index not in idle:
+                group["schedule_step"] += 1
         return loss
 
-    def _follow_schedules(self) -> list[tuple[dict[str, Any], Any]]:
-        """Sets eta in the groups that have a schedule; returns them with what it was."""
+    def _follow_schedules(self, idle: Collection[int]) -> list[tuple[dict[str, Any], Any]]:
+        """Sets eta in the groups that have a schedule and are not idle; returns what it was."""
         scheduled = [
             (group, self._scheduled_multiplier(index))
             for index, group in enumerate(self.param_groups)
-            if group["schedule"] is not None
+            if group["schedule"] is not None and index not in idle
         ]
         former = [(group, group["schedule_multiplier"]) for group, _ in scheduled]
         for group, multiplier in scheduled:
@@ -311,34 +326,66 @@ class FusedOptimizer(Optimizer):
     def _param_lists(self) -> list[list[Tensor]]:
         return [group["params"] for group in self.param_groups]
 
+    def _places(self) -> list[Place]:
+        """Of every parameter, in order."""
+        numbers = itertools.count()
+        return [
+            (index, i, next(numbers))
+            for index, group in enumerate(self.param_groups)
+            for i in range(len(group["params"]))
+        ]
+
     def _register_and_step(self, current: list[_C.Hyperparameters]) -> None:
         """Steps over a new registration, which is kept for the steps that follow."""
+        registered = self._step_anew(self._places(), current)
+        registered.native.remember(self._param_lists(), self._state)
+        self._registered = registered
+
+    def _step_alone(self, place: Place, hyperparameters: _C.Hyperparameters) -> None:
+        """Steps one parameter, which has a gradient, over a list of its own; likewise kept."""
+        param = self.param_groups[place[0]]["params"][place[1]]
+        current = [hyperparameters] * (place[0] + 1)
+        registered = self._registered_alone.get(param)
+        if (
+            registered is None
+            or not registered.native.matches([], {param: self._state.get(param, {})})
+            or not registered.step(current, is_state_held=self._is_state_held())
+        ):
+            registered = self._step_anew([place], current)
+            registered.native.remember([], {param: self._state.get(param, {})})
+            self._registered_alone[param] = registered
+
+    def _step_anew(
+        self, places: Iterable[Place], current: list[_C.Hyperparameters]
+    ) -> RegisteredList:
+        """Registers parameters, with the states that they lack, and steps those with a gradient."""
         new: list[tuple[Tensor, bool]] = []  # and whether it had an empty state
         registered = None
         try:
             members: list[Member] = []
-            for index, group in enumerate(self.param_groups):
+            for index, i, number in places:
+                group = self.param_groups[index]
+                param = group["params"][i]
                 names = self._state_names(group)
                 stateless = not names and not self._counts and self._scalar is None
-                for i, param in enumerate(group["params"]):
-                    fresh = False
-                    if param.grad is not None and not stateless and not self._state.get(param):
-                        new.append((param, param in self._state))
-                        self._state[param].update(self._initial_state(param, group))
-                        fresh = True
-                    members.append(
-                        Member(
-                            param,
-                            {} if stateless else self._state.get(param) or None,
-                            names,
-                            index,
-                            _label(len(members), group, i),
-                            counts=self._counts,
-                            scalar=self._scalar,
-                            fresh=fresh,
-                            active=param.requires_grad or param.grad is not None,
-                        )
+                fresh = False
+                if param.grad is not None and not stateless and not self._state.get(param):
+                    new.append((param, param in self._state))
+                    self._state[param].update(self._initial_state(param, group))
+                    fresh = True
+                members.append(
+                    Member(
+                        param,
+                        {} if stateless else self._state.get(param) or None,
+                        names,
+                        index,
+                        _label(number, group, i),
+                        counts=self._counts,
+                        scalar=self._scalar,
+                        fresh=fresh,
+                        active=param.requires_grad or param.grad is not None,
                     )
+                )
             registered = RegisteredList(members, self.engine)
             if not registered.step(current):
                 raise RuntimeError("a tensor was given other memory while the step was under way")
@@ -350,8 +397,7 @@ class FusedOptimizer(Optimizer):
                 if not had_state:
                     del self._state[param]
             raise
-        registered.native.remember(self._param_lists(), self._state)
-        self._registered = registered
+        return registered
 
     def _initial_state(self, param: Tensor, group: dict[str, Any]) -> dict[str, Any]:
         state: dict[str, Any] = {}
@@ -536,7 +582,7 @@ class FusedOptimizer(Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._registered = None
+        self._give_up_registered()
         self._known = {}
 
 
