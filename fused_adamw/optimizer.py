@@ -20,7 +20,7 @@ from torch.compiler import is_dynamo_compiling
 from torch.optim import Optimizer
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
-from fused_adamw import _C, checks
+from fused_adamw import _C, checks, compiled
 from fused_adamw.engines import check_engine
 from fused_adamw.hyperparameters import group_keys, hyperparameters, values_of
 from fused_adamw.registration import Member, RegisteredList
@@ -83,6 +83,7 @@ class FusedOptimizer(Optimizer):
         self._registered: RegisteredList | None = None
         self._registered_alone: dict[Tensor, RegisteredList] = {}
         self._known: dict[int, tuple[tuple[Any, ...], _C.Hyperparameters]] = {}
+        self._number = compiled.number_of(self)
         super().__init__(params, defaults)
 
     def _hyperparameters(self, group: dict[str, Any]) -> _C.Hyperparameters:
@@ -305,21 +306,24 @@ class FusedOptimizer(Optimizer):
 
         @functools.wraps(func)
         def step(self: FusedOptimizer, *args: Any, **kwargs: Any) -> Any:
-            if is_dynamo_compiling():
-                return uncompiled(self, *args, **kwargs)
-            if (
+            hooked = (
                 self._optimizer_step_pre_hooks
                 or self._optimizer_step_post_hooks
                 or _global_optimizer_pre_hooks
                 or _global_optimizer_post_hooks
-                or torch.autograd._profiler_enabled()  # type: ignore[attr-defined]
-            ):
+            )
+            if is_dynamo_compiling():
+                plain = not (hooked or args or kwargs) and func is FusedOptimizer.step
+                if plain and compiled.graph_must_not_end():
+                    return compiled.step(self)
+                return uncompiled(self, *args, **kwargs)
+            if hooked or torch.autograd._profiler_enabled():  # type: ignore[attr-defined]
                 return torchs(self, *args, **kwargs)
             result = func(self, *args, **kwargs)
             self._optimizer_step_code()
             return result
 
-        # torch.compile cannot look into the extension: its graph ends before a step.
+        # The graph of torch.compile ends before a step: [note: graph or no graph] in compiled.py.
         uncompiled = _disable_dynamo(step)
         return step
 
@@ -584,6 +588,7 @@ class FusedOptimizer(Optimizer):
         super().__setstate__(state)
         self._give_up_registered()
         self._known = {}
+        self._number = compiled.number_of(self)
 
 
 def decay_of_flag(decoupled: bool, decay: str | None = None) -> str:
