@@ -765,9 +765,9 @@ class FusedOptimizer(Optimizer):
         self, where: str, param: Tensor, names: tuple[str, ...], saved: dict[str, Any]
     ) -> dict[str, Any]:
         needed = {*names, *(["step"] if self._counts else [])}
-        known = needed | self._known_states | {EMA}
         if self._scalar is not None:
             needed.add(self._scalar)
+        known = needed | self._known_states | {EMA}
         found = set(saved)
         if not needed <= found <= known:
             raise ValueError(
