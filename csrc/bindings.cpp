@@ -4,6 +4,8 @@
 #include <pybind11/stl.h>
 
 #include <algorithm>
+#include <array>
+#include <cstring>
 #include <optional>
 #include <string>
 #include <tuple>
@@ -131,7 +133,57 @@ struct ChunkRuns {
   std::vector<host::ChunkRun> runs;
 };
 
-double* doubles_at(std::intptr_t address) { return reinterpret_cast<double*>(address); }
+template <class T>
+T* at(std::intptr_t address) {
+  return reinterpret_cast<T*>(address);
+}
+
+double* doubles_at(std::intptr_t address) { return at<double>(address); }
+
+// Records as rows of words, to be copied to the device.
+template <class Record>
+py::array_t<std::int64_t> words(const std::vector<Record>& records) {
+  constexpr std::size_t kWords = sizeof(Record) / sizeof(std::int64_t);
+  static_assert(sizeof(Record) == kWords * sizeof(std::int64_t), "records are made of words");
+  py::array_t<std::int64_t> table(
+      {static_cast<py::ssize_t>(records.size()), static_cast<py::ssize_t>(kWords)});
+  std::memcpy(table.mutable_data(), records.data(), records.size() * sizeof(Record));
+  return table;
+}
+
+// Where the chunks of each param group end. Groups follow one another in an optimizer's list.
+std::vector<std::int64_t> chunk_ends(const host::ParameterList& list, int groups) {
+  std::vector<std::int64_t> ends(static_cast<std::size_t>(groups), 0);
+  std::int64_t end = 0, group = 0;
+  for (const host::ChunkRun& run : list.chunk_runs()) {
+    if (run.group < group) throw py::value_error("groups: found them mixed");
+    for (; group < run.group; ++group) ends.at(static_cast<std::size_t>(group)) = end;
+    end = run.begin + run.count;
+  }
+  for (; group < groups; ++group) ends.at(static_cast<std::size_t>(group)) = end;
+  return ends;
+}
+
+// A param group for the device: cuda/tick.h. `sources` has an address for each field, or 0.
+py::array_t<std::int64_t> group_record(const host::Hyperparameters& h,
+                                       const std::vector<std::int64_t>& sources,
+                                       std::int64_t is_double, std::intptr_t schedule,
+                                       std::intptr_t schedule_step, double ema_weight) {
+  cuda::GroupRecord record{};
+  record.rule = h.rule.index;
+  for (std::size_t k = 0; k < h.values.size(); ++k) {
+    record.value[k] = h.values[k];
+    record.source[k] = at<const void>(sources.at(k));
+    if (h.rule.fields[k].name == std::string(kScheduleField.name)) {
+      record.multiplier = static_cast<std::int64_t>(k);
+    }
+  }
+  record.is_double = is_double;
+  record.schedule = at<const double>(schedule);
+  record.schedule_step = at<std::int64_t>(schedule_step);
+  record.ema_weight = ema_weight;
+  return words(std::vector<cuda::GroupRecord>{record});
+}
 
 // Sums of chunks, `stride` columns in a row, folded for each of `groups` param groups.
 py::array_t<double> fold(std::intptr_t address, int stride, const ChunkRuns& runs, int groups) {
@@ -291,8 +343,8 @@ PYBIND11_MODULE(_C, m) {
       }))
       .def(py::init([](py::list params, py::list states, py::list names, py::list counts,
                        py::list scalars, py::list fresh, py::list averages, py::list unaveraged,
-                       py::list active, py::list groups, py::list labels, py::object restride,
-                       py::object increment_version) {
+                       py::list active, py::list groups, py::list labels, bool on_device,
+                       py::object restride, py::object increment_version) {
              for (const py::list& list : {states, names, counts, scalars, fresh, averages,
                                           unaveraged, active, groups, labels}) {
                if (list.size() != params.size()) {
@@ -301,12 +353,12 @@ PYBIND11_MODULE(_C, m) {
              }
              return std::make_unique<host::ParameterList>(host::Registration{
                  params, states, names, counts, scalars, fresh, averages, unaveraged, active,
-                 groups, labels, restride, increment_version});
+                 groups, labels, on_device, restride, increment_version});
            }),
            py::kw_only(), py::arg("params"), py::arg("states"), py::arg("names"), py::arg("counts"),
            py::arg("scalars"), py::arg("fresh"), py::arg("averages"), py::arg("unaveraged"),
-           py::arg("active"), py::arg("groups"), py::arg("labels"), py::arg("restride"),
-           py::arg("increment_version"))
+           py::arg("active"), py::arg("groups"), py::arg("labels"), py::arg("on_device"),
+           py::arg("restride"), py::arg("increment_version"))
       .def("remember", &host::ParameterList::remember, py::arg("param_lists"), py::arg("states"))
       .def("matches", &host::ParameterList::matches, py::arg("param_lists"), py::arg("states"))
       .def(
@@ -333,6 +385,20 @@ PYBIND11_MODULE(_C, m) {
             list.set_observed(doubles_at(address));
           },
           py::arg("address"))
+      .def(
+          "set_device",
+          [](host::ParameterList& list, std::intptr_t rows, std::intptr_t skip) {
+            list.set_device(at<const float>(rows), at<const std::int32_t>(skip));
+          },
+          py::arg("rows"), py::arg("skip"))
+      .def(
+          "device_records",
+          [](const host::ParameterList& list, const std::vector<std::int64_t>& steps,
+             const std::vector<std::int64_t>& averaged) {
+            return words(list.device_records(steps, averaged));
+          },
+          py::arg("steps"), py::arg("averaged"))
+      .def("chunk_ends", &chunk_ends, py::arg("groups"))
       .def("release", &host::ParameterList::release)
       .def("let_go", &host::ParameterList::let_go)
       .def("buckets", &host::ParameterList::buckets, py::return_value_policy::reference_internal)
@@ -371,6 +437,46 @@ PYBIND11_MODULE(_C, m) {
       },
       py::arg("bucket"), py::arg("partials"), py::arg("threads"), py::arg("level") = py::none());
   m.attr("OBSERVED") = kObserved;
+
+  // What is worked out on the device.
+  m.attr("DEVICE_ROW") = cuda::kDeviceRow;
+  m.def("group_record", &group_record, py::arg("hyperparameters"), py::arg("sources"),
+        py::arg("is_double"), py::arg("schedule"), py::arg("schedule_step"),
+        py::arg("ema_weight"));
+  py::class_<cuda::FoldArguments>(m, "FoldArguments")
+      .def(py::init([](std::intptr_t partials, std::intptr_t ends, std::intptr_t squares,
+                       int groups) {
+             return cuda::FoldArguments{doubles_at(partials), at<const std::int64_t>(ends),
+                                        doubles_at(squares), groups};
+           }),
+           py::kw_only(), py::arg("partials"), py::arg("ends"), py::arg("squares"),
+           py::arg("groups"));
+  py::class_<cuda::TickArguments>(m, "TickArguments")
+      .def(py::init([](std::intptr_t groups, std::intptr_t parameters, int group_count,
+                       int parameter_count, std::intptr_t squares, std::intptr_t grad_scale,
+                       std::intptr_t found_inf, std::intptr_t max_grad_norm_at,
+                       double max_grad_norm, bool skip_nonfinite, std::intptr_t rows,
+                       std::intptr_t grad_norm, std::intptr_t skip) {
+             return cuda::TickArguments{at<const cuda::GroupRecord>(groups),
+                                        at<const cuda::ParameterRecord>(parameters),
+                                        group_count,
+                                        parameter_count,
+                                        doubles_at(squares),
+                                        at<const float>(grad_scale),
+                                        at<const float>(found_inf),
+                                        at<const float>(max_grad_norm_at),
+                                        max_grad_norm,
+                                        skip_nonfinite,
+                                        at<float>(rows),
+                                        at<float>(grad_norm),
+                                        at<std::int32_t>(skip)};
+           }),
+           py::kw_only(), py::arg("groups"), py::arg("parameters"), py::arg("group_count"),
+           py::arg("parameter_count"), py::arg("squares"), py::arg("grad_scale"),
+           py::arg("found_inf"), py::arg("max_grad_norm_at"), py::arg("max_grad_norm"),
+           py::arg("skip_nonfinite"), py::arg("rows"), py::arg("grad_norm"), py::arg("skip"));
+  m.def("fold_on_host", &cuda::fold_on_host, py::arg("arguments"));
+  m.def("tick_on_host", &cuda::tick_on_host, py::arg("arguments"));
   m.def("clip_coefficient", &clip_coefficient, py::arg("norm"), py::arg("max_norm"));
 
   // The CUDA engine.
@@ -396,6 +502,18 @@ PYBIND11_MODULE(_C, m) {
         cuda::square_sums(bucket, doubles_at(partials), bucket.stream);
       },
       py::arg("bucket"), py::arg("partials"));
+  m.def(
+      "fold_cuda",
+      [](const cuda::FoldArguments& arguments, const Bucket& bucket) {
+        cuda::fold(arguments, bucket.device_index, bucket.stream);
+      },
+      py::arg("arguments"), py::arg("bucket"));
+  m.def(
+      "tick_cuda",
+      [](const cuda::TickArguments& arguments, const Bucket& bucket) {
+        cuda::tick(arguments, bucket.device_index, bucket.stream);
+      },
+      py::arg("arguments"), py::arg("bucket"));
 #else
   m.attr("CUDA_BUILT") = false;
   m.attr("CUDA_ARCHS") = "";

@@ -18,6 +18,7 @@ CUDA_ARCHS: str
 NVCC: str
 CHUNK: int
 OBSERVED: int
+DEVICE_ROW: int
 SCHEDULE_OPCODES: tuple[str, ...]
 SCHEDULE_ROW_WORDS: int
 SCHEDULE_MAX_WORDS: int
@@ -72,6 +73,40 @@ class Bucket:
 
 class ChunkRuns: ...
 
+class FoldArguments:
+    def __init__(self, *, partials: int, ends: int, squares: int, groups: int) -> None: ...
+
+class TickArguments:
+    def __init__(
+        self,
+        *,
+        groups: int,
+        parameters: int,
+        group_count: int,
+        parameter_count: int,
+        squares: int,
+        grad_scale: int,
+        found_inf: int,
+        max_grad_norm_at: int,
+        max_grad_norm: float,
+        skip_nonfinite: bool,
+        rows: int,
+        grad_norm: int,
+        skip: int,
+    ) -> None: ...
+
+def group_record(
+    hyperparameters: Hyperparameters,
+    sources: list[int],
+    is_double: int,
+    schedule: int,
+    schedule_step: int,
+    ema_weight: float,
+) -> NDArray[np.int64]: ...
+def fold_on_host(arguments: FoldArguments) -> None: ...
+def tick_on_host(arguments: TickArguments) -> None: ...
+def fold_cuda(arguments: FoldArguments, bucket: Bucket) -> None: ...
+def tick_cuda(arguments: TickArguments, bucket: Bucket) -> None: ...
 def fold(partials: int, columns: int, runs: ChunkRuns, groups: int) -> NDArray[np.float64]: ...
 def clip_coefficient(norm: float, max_norm: float) -> float: ...
 
@@ -90,6 +125,7 @@ class ParameterList:
         active: list[bool],
         groups: list[int],
         labels: list[str],
+        on_device: bool,
         restride: Callable[[Tensor, Tensor], Tensor],
         increment_version: Callable[[list[Tensor]], None],
     ) -> None: ...
@@ -117,6 +153,9 @@ class ParameterList:
     def restrided(self) -> list[Tensor]: ...
     def set_grad_factor(self, factor: float) -> None: ...
     def set_observed(self, address: int) -> None: ...
+    def set_device(self, rows: int, skip: int) -> None: ...
+    def device_records(self, steps: list[int], averaged: list[int]) -> NDArray[np.int64]: ...
+    def chunk_ends(self, groups: int) -> list[int]: ...
     def release(self) -> None: ...
     def let_go(self) -> None: ...
     def buckets(self) -> list[Bucket]: ...

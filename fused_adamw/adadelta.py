@@ -33,7 +33,7 @@ class FusedAdadelta(FusedOptimizer):
         weight_decay: lambda, >= 0.
         foreach: accepted and kept for checkpoints; every engine works on the whole list at once.
         maximize: whether to go up the gradient.
-        capturable: accepted and kept for checkpoints; a step under CUDA graph capture is refused.
+        capturable: whether steps may be captured in a CUDA graph; see `FusedOptimizer`.
         differentiable: must be False: the update is not recorded by autograd.
         decay: the convention of weight decay, one of the four of `FusedAdamW`; torch's is "l2".
         options: those of every optimizer; see `FusedOptimizer`.

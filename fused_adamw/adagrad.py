@@ -37,7 +37,7 @@ class FusedAdagrad(FusedOptimizer):
         foreach: accepted and kept for checkpoints; every engine works on the whole list at once.
         fused: accepted and kept for checkpoints; every engine is fused.
         maximize: whether to go up the gradient.
-        capturable: accepted and kept for checkpoints; a step under CUDA graph capture is refused.
+        capturable: whether steps may be captured in a CUDA graph; see `FusedOptimizer`.
         differentiable: must be False: the update is not recorded by autograd.
         decay: the convention of weight decay, one of the four of `FusedAdamW`; torch's is "l2".
         options: those of every optimizer; see `FusedOptimizer`.

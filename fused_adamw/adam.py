@@ -48,7 +48,7 @@ class FusedAdamW(FusedOptimizer):
         amsgrad: whether the largest second moment so far divides.
         maximize: whether to go up the gradient.
         foreach: accepted and kept for checkpoints; every engine works on the whole list at once.
-        capturable: accepted and kept for checkpoints; a step under CUDA graph capture is refused.
+        capturable: whether steps may be captured in a CUDA graph; see `FusedOptimizer`.
         differentiable: must be False: the update is not recorded by autograd.
         fused: accepted and kept for checkpoints; every engine is fused.
         decay: the convention of weight decay, one of the four above. One for all groups of a

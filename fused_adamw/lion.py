@@ -31,7 +31,7 @@ class FusedLion(FusedOptimizer):
         weight_decay: lambda, >= 0; in the paper it is multiplied by ``lr``: decay="lr".
         maximize: whether to go up the gradient.
         foreach: accepted and kept for checkpoints; every engine works on the whole list at once.
-        capturable: accepted and kept for checkpoints; a step under CUDA graph capture is refused.
+        capturable: whether steps may be captured in a CUDA graph; see `FusedOptimizer`.
         differentiable: must be False: the update is not recorded by autograd.
         decay: the convention of weight decay, one of the four of `FusedAdamW`.
         options: those of every optimizer; see `FusedOptimizer`.

@@ -67,12 +67,14 @@ class Measurements:
         partials = _columns(native, buckets, 1)
         for engine, bucket in zip(engines, buckets, strict=True):
             engine.square_sums(bucket, partials[device_of(bucket)])
-        total = 0.0
+        squares = np.zeros(groups)
         for sums in partials.values():  # of a chunk on another device there is a zero
-            for square in _folded(sums, native.chunk_runs, groups)[:, 0].tolist():
-                total += square
-        for group in options.norm_process_groups:
-            total = _sum_over_ranks(total, group)
+            squares += _folded(sums, native.chunk_runs, groups)[:, 0]
+        for process_group in options.norm_process_groups:
+            squares = _sum_over_ranks(squares, process_group)
+        total = 0.0
+        for square in squares.tolist():
+            total += square
         norm = math.sqrt(total) / options.grad_scale  # of a NaN it is a NaN
         device = next(iter(partials), torch.device("cpu"))
         self.grad_norm = torch.tensor(norm, dtype=torch.float32, device=device)
@@ -139,8 +141,8 @@ def _folded(sums: Tensor, runs: _C.ChunkRuns, groups: int) -> NDArray[np.float64
     return _C.fold(on_host.data_ptr(), on_host.shape[1], runs, groups)
 
 
-def _sum_over_ranks(square: float, process_group: Any) -> float:
+def _sum_over_ranks(squares: NDArray[np.float64], process_group: Any) -> NDArray[np.float64]:
     on_gpu = torch.distributed.get_backend(process_group) == "nccl"
-    total = torch.tensor(square, dtype=torch.float64, device="cuda" if on_gpu else "cpu")
+    total = torch.tensor(squares, device="cuda" if on_gpu else "cpu")
     torch.distributed.all_reduce(total, group=process_group)
-    return float(total)
+    return total.cpu().numpy()

@@ -22,7 +22,8 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from fused_adamw import _C, checks, compiled
-from fused_adamw.engines import check_engine
+from fused_adamw.device_step import Amp, DeviceInputs, DeviceStep, GroupPlan, plan_group
+from fused_adamw.engines import check_engine, engine_status
 from fused_adamw.hyperparameters import group_keys, hyperparameters, values_of
 from fused_adamw.measurements import GroupTelemetry, Measurements
 from fused_adamw.registration import Member, RegisteredList
@@ -42,6 +43,7 @@ _KEPT = (
 _PLAIN = frozenset({float, int, bool, str, type(None)})
 _PLAIN_OR_TUPLE = _PLAIN | {tuple}
 _OWN_REFERENCES = 2  # the attribute's and the call's
+_HOST = torch.device("cpu")
 _FLAG = "decoupled_weight_decay"  # torch's name for the convention of decay, kept in checkpoints
 # Every value of a group that only some rules have, and that tells them apart.
 _RULES_KEYS = {_FLAG}.union(*map(group_keys, _C.RULES))
@@ -58,7 +60,7 @@ class Options(TypedDict, total=False):
     schedule_multiplier: float
     schedule: Schedule | None
     state_dtype: torch.dtype | None
-    max_grad_norm: float | None
+    max_grad_norm: float | Tensor | None
     skip_nonfinite: bool
     norm_process_groups: Sequence[Any]
     ema_decay: float | None
@@ -76,6 +78,15 @@ class FusedOptimizer(Optimizer):
     ``found_inf``, which the scaler sets, divides gradients by the former as it reads them, and does
     nothing at all after an overflow. Gradients in memory stay scaled (call ``scaler.unscale_``
     first where they are wanted; they are not unscaled twice).
+
+    On a GPU, where the scaler, ``max_grad_norm``, ``skip_nonfinite`` or ``capturable=True`` of a
+    group let the GPU decide on a step, all of a step is worked out there by the engine ``"cuda"``,
+    and the host waits for nothing: states' ``step`` and the groups' ``schedule_step`` are then
+    tensors on the GPU, ``schedule_multiplier`` is not written, and ``lr`` or any other number of a
+    group, and ``max_grad_norm``, may be tensors of one element there, which a step reads when it
+    runs. With ``capturable=True`` and such an ``lr`` a step can be captured in a CUDA graph, after
+    one outside; replays follow what these tensors hold, and the schedule too. Checkpoints are the
+    same either way.
 
     Args:
         params: tensors, (name, tensor) pairs or param groups; float32, bfloat16 or float16, dense
@@ -117,6 +128,10 @@ class FusedOptimizer(Optimizer):
     found_inf: Tensor
     # What reads the values of a group that make its hyperparameters, as a tuple.
     _values: Callable[[dict[str, Any]], tuple[Any, ...]]
+    # Of each group what the device was last told.
+    _plans: dict[int, tuple[tuple[Any, ...], GroupPlan]]
+    # Of each parameter what only the device counts: steps taken, and whether its average has begun.
+    _positions: dict[Tensor, tuple[Tensor, Tensor]]
     # What steps parameters in the backward pass, if anything does.
     _in_backward: StepInBackward | None = None
 
@@ -134,7 +149,7 @@ class FusedOptimizer(Optimizer):
         schedule_multiplier: float = 1.0,
         schedule: Schedule | None = None,
         state_dtype: torch.dtype | None = None,
-        max_grad_norm: float | None = None,
+        max_grad_norm: float | Tensor | None = None,
         skip_nonfinite: bool = False,
         norm_process_groups: Sequence[Any] = (),
         ema_decay: float | None = None,
@@ -156,6 +171,8 @@ class FusedOptimizer(Optimizer):
         self.zero_grads = zero_grads
         self.collect_telemetry = telemetry
         self._swapped = False
+        self._plans = {}
+        self._positions = {}
         self._number = compiled.number_of(self)
         self._measurements = Measurements()
         self._step_options()
@@ -321,10 +338,17 @@ class FusedOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        device = self._device_of_decisions()
+        if device is not None:
+            self._step_on_device(device)
+            return loss
         options = self._step_options()
         if "found_inf" in self.__dict__ and one_number("found_inf", self.found_inf):
             self._zero_unread_grads(options)
             return loss
+        for group in self.param_groups:
+            if isinstance(group["schedule_step"], Tensor):  # of steps on the device
+                group["schedule_step"] = int(group["schedule_step"])
         former: list[tuple[dict[str, Any], Any]] = []
         idle = () if self._in_backward is None else self._in_backward.idle_groups()
         for group in self.param_groups:
@@ -337,6 +361,7 @@ class FusedOptimizer(Optimizer):
             outcome = Outcome.STALE
             if (
                 registered is not None
+                and registered.device_step is None
                 and registered.averages is (options.ema_decay is not None)
                 and registered.native.matches(self._param_lists(), self._state)
             ):
@@ -359,13 +384,114 @@ class FusedOptimizer(Optimizer):
                 group["schedule_step"] += 1
         return loss
 
-    def _step_options(self) -> StepOptions:
-        """What this step does beside its rule, checked."""
+    def _device_of_decisions(self) -> torch.device | None:
+        """Where coefficients and decisions are worked out, if not on the host.
+
+        On a GPU, where something that only the GPU knows decides on a step, so that the host need
+        not wait for it.
+        """
+        if self.engine not in ("auto", "cuda", "cuda-on-host"):
+            return None
+        param: Tensor | None = next(
+            (param for group in self.param_groups for param in group["params"]), None
+        )
+        capturable = any(group["capturable"] for group in self.param_groups)
+        if param is None or not (param.is_cuda or (capturable and self.engine == "cuda-on-host")):
+            return None
+        if self.engine == "auto" and engine_status()["cuda"] is not None:
+            return None
+        amp = (self.__dict__.get("grad_scale"), self.__dict__.get("found_inf"))
+        decides = self.max_grad_norm is not None or self.skip_nonfinite or capturable
+        if decides or any(isinstance(value, Tensor) and value.is_cuda for value in amp):
+            return param.device
+        return None
+
+    def _step_on_device(self, device: torch.device) -> None:
+        options = self._step_options(on_device=True)
+        plans = [self._planned(index, device) for index in range(len(self.param_groups))]
+        amp = Amp(self.__dict__.get("grad_scale"), self.__dict__.get("found_inf"))
+        inputs = DeviceInputs(plans, amp)
+        current = [plan.hyperparameters for plan in plans]
+        registered = self._registered
+        if (
+            registered is not None
+            and registered.device_step is not None
+            and registered.averages is (options.ema_decay is not None)
+            and registered.native.matches(self._param_lists(), self._state)
+        ):
+            outcome = registered.step(
+                current,
+                is_state_held=self._is_state_held(),
+                options=options,
+                measurements=self._measurements,
+                inputs=inputs,
+            )
+            if outcome is not Outcome.STALE:
+                return
+        self._register_and_step(current, options, inputs)
+
+    def _planned(self, index: int, device: torch.device) -> GroupPlan:
+        """What the device is told of a group: as at the last step where nothing has changed."""
+        group = self.param_groups[index]
+        capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+        if capturing and not isinstance(group["lr"], Tensor):
+            raise RuntimeError(
+                f"param group {index}: lr: found {group['lr']!r} under CUDA graph capture, which "
+                f"a replay would repeat; accepted: a tensor on {device}"
+            )
+        count = group["schedule_step"]
+        if not isinstance(count, Tensor) or count.device != device:
+            count = torch.tensor(int(count), dtype=torch.int64, device=device)
+            group["schedule_step"] = count
+        values = self._values(group)
+        key = (
+            *(
+                (value.data_ptr(), value.dtype) if isinstance(value, Tensor) else value
+                for value in values
+            ),
+            *(group["differentiable"], group.get(_FLAG), group["schedule"], count.data_ptr()),
+        )
+        known = self._plans.get(index)
+        if known is None or known[0] != key:
+            try:
+                plan = plan_group(self._rule, group, device, self._hyperparameters)
+            except (TypeError, ValueError, RuntimeError) as error:
+                raise type(error)(f"param group {index}: {error}") from None
+            known = self._plans[index] = key, plan
+        return known[1]
+
+    def _new_device_step(self, device: torch.device, members: Sequence[Member]) -> DeviceStep:
+        def number(value: float) -> Tensor:
+            return torch.tensor(value, dtype=torch.float32, device=device)
+
+        for member in members:
+            if member.fresh or member.unaveraged:
+                self._positions[member.param] = number(not member.fresh), number(False)
+            elif member.param not in self._positions and member.state:
+                self._positions[member.param] = number(True), number(True)
+        nowhere = number(False), number(False)
+        steps, averaged = zip(
+            *(self._positions.get(member.param, nowhere) for member in members), strict=True
+        )
+        return DeviceStep(device, list(steps), list(averaged), len(self.param_groups))
+
+    def _place_scalars(self, param: Tensor, device: torch.device) -> None:
+        """Puts the counts of a parameter where a step reads them."""
+        state = self._state.get(param, {})
+        for name, value in state.items():
+            if name in ("step", self._scalar) and value.device != device:
+                state[name] = value.to(device)
+
+    def _step_options(self, on_device: bool = False) -> StepOptions:
+        """What this step does beside its rule, checked; the scale is read on the host."""
         if self._swapped:
             raise RuntimeError("step: found the averages in the parameters' place (swap_ema)")
-        scale = self.__dict__.get("grad_scale")
+        scale = None if on_device else self.__dict__.get("grad_scale")
+        limit = self.max_grad_norm
+        if isinstance(limit, Tensor) and not on_device:
+            limit = one_number("max_grad_norm", limit)
         values = (
-            self.max_grad_norm,
+            limit,
             self.skip_nonfinite,
             self.ema_decay,
             self.zero_grads,
@@ -374,7 +500,7 @@ class FusedOptimizer(Optimizer):
             1.0 if scale is None else one_number("grad_scale", scale),
         )
         known: tuple[tuple[Any, ...], StepOptions] | None = self.__dict__.get("_known_options")
-        if known is None or known[0] != values:
+        if known is None or isinstance(limit, Tensor) or known[0] != values:
             known = self._known_options = values, StepOptions(*values).check()
         return known[1]
 
@@ -499,11 +625,14 @@ class FusedOptimizer(Optimizer):
         ]
 
     def _register_and_step(
-        self, current: list[_C.Hyperparameters], options: StepOptions
+        self,
+        current: list[_C.Hyperparameters],
+        options: StepOptions,
+        inputs: DeviceInputs | None = None,
     ) -> Outcome:
         """Steps over a new registration, which is kept for the steps that follow."""
         begins = not any(EMA in state for state in self._state.values())
-        registered, outcome = self._step_anew(self._places(), current, options, begins)
+        registered, outcome = self._step_anew(self._places(), current, options, begins, inputs)
         self._give_up_registered()
         if registered is not None:
             registered.native.remember(self._param_lists(), self._state)
@@ -540,6 +669,7 @@ class FusedOptimizer(Optimizer):
         current: list[_C.Hyperparameters],
         options: StepOptions,
         begins: bool,
+        inputs: DeviceInputs | None = None,
     ) -> tuple[RegisteredList | None, Outcome]:
         """Registers parameters, with the states that they lack, and steps those with a gradient.
 
@@ -548,6 +678,7 @@ class FusedOptimizer(Optimizer):
             current: the hyperparameters of each group.
             options: of the step.
             begins: whether an average that is created here begins with this step's result.
+            inputs: of a step whose decisions are the device's.
         """
         new: list[tuple[Tensor, bool]] = []  # and whether it had an empty state
         new_averages: list[Tensor] = []  # of parameters that had a state
@@ -583,6 +714,7 @@ class FusedOptimizer(Optimizer):
                             new_averages.append(param)
                         self._state[param][EMA] = _initial_average(param)
                         unaveraged = begins
+                self._place_scalars(param, _HOST if inputs is None else param.device)
                 members.append(
                     Member(
                         param,
@@ -598,8 +730,13 @@ class FusedOptimizer(Optimizer):
                         active=param.requires_grad or param.grad is not None,
                     )
                 )
-            registered = RegisteredList(members, self.engine, averages)
-            outcome = registered.step(current, options=options, measurements=self._measurements)
+            device_step = None
+            if inputs is not None:
+                device_step = self._new_device_step(inputs.plans[0].schedule_step.device, members)
+            registered = RegisteredList(members, self.engine, averages, device_step)
+            outcome = registered.step(
+                current, options=options, measurements=self._measurements, inputs=inputs
+            )
             if outcome is Outcome.STALE:
                 raise RuntimeError("a tensor was given other memory while the step was under way")
         except BaseException:
@@ -634,6 +771,7 @@ class FusedOptimizer(Optimizer):
         for group in found["param_groups"]:
             if isinstance(group["schedule"], Schedule):
                 group["schedule"] = group["schedule"].describe()
+            group["schedule_step"] = int(group["schedule_step"])
         return found
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -795,9 +933,13 @@ class FusedOptimizer(Optimizer):
         super().__setstate__(state)
         self._give_up_registered()
         self._known = {}
+        self._plans = {}
+        self._positions = {}
         if "_measurements" not in self.__dict__:  # a copy
             self._measurements = Measurements()
             self._swapped = False
+        self._plans = {}
+        self._positions = {}
         self._number = compiled.number_of(self)
 
 

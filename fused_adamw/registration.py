@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from fused_adamw import _C
+from fused_adamw.device_step import DeviceInputs, DeviceStep
 from fused_adamw.engines import Engine, engine_for
 from fused_adamw.measurements import Measurements
 from fused_adamw.whole_step import EMA, PLAIN, Outcome, StepOptions
@@ -96,6 +97,7 @@ class RegisteredList:
     members: Sequence[Member]
     engine: str
     averages: bool = False  # whether it has averages of its parameters
+    device_step: DeviceStep | None = None  # where coefficients are worked out on the device
     native: _C.ParameterList = field(init=False)
     # Addresses of the parameters that a step updated before an engine failed. Not the buckets: they
     # keep the extension's list alive, unseen by Python's cycle collector.
@@ -116,6 +118,7 @@ class RegisteredList:
             active=[member.active for member in self.members],
             groups=[member.group for member in self.members],
             labels=[member.label for member in self.members],
+            on_device=self.device_step is not None,
             restride=restride,
             increment_version=torch.autograd.graph.increment_version,
         )
@@ -129,6 +132,7 @@ class RegisteredList:
         is_state_held: bool = False,
         options: StepOptions = PLAIN,
         measurements: Measurements | None = None,
+        inputs: DeviceInputs | None = None,
     ) -> Outcome:
         """Updates every parameter that has a gradient; nothing is done to a list out of date.
 
@@ -138,6 +142,7 @@ class RegisteredList:
             is_state_held: whether someone else can reach the states, and may have moved them.
             options: what is done beside the rule.
             measurements: where what is measured goes.
+            inputs: with a `device_step`, what it takes.
 
         Raises:
             TypeError, ValueError, RuntimeError: for a gradient that cannot be used, naming the
@@ -154,7 +159,9 @@ class RegisteredList:
                     options.zero_grads,
                 ):
                     return Outcome.STALE
-                return self._update(hyperparameters, options, measurements or Measurements())
+                return self._update(
+                    hyperparameters, options, measurements or Measurements(), inputs
+                )
             finally:
                 self.native.release()
 
@@ -163,11 +170,21 @@ class RegisteredList:
         hyperparameters: Sequence[_C.Hyperparameters],
         options: StepOptions,
         measurements: Measurements,
+        inputs: DeviceInputs | None,
     ) -> Outcome:
         buckets = self.native.buckets()
         engines = [self._engine(bucket) for bucket in buckets]
         coefficient = 1.0
-        if options.measures_norm:
+        if self.device_step is not None:
+            assert inputs is not None
+            if buckets:
+                self.device_step.prepare(self.native, engines, buckets, inputs, options)
+            else:
+                for plan in inputs.plans:
+                    plan.schedule_step.add_(1)
+            if options.measures_norm:
+                measurements.grad_norm = self.device_step.grad_norm
+        elif options.measures_norm:
             norm = measurements.measure_norm(
                 self.native, engines, buckets, len(hyperparameters), options
             )
@@ -176,7 +193,7 @@ class RegisteredList:
                     torch._foreach_zero_(self.native.zeroed)
                 return Outcome.SKIPPED
             if options.max_grad_norm is not None:
-                coefficient = _C.clip_coefficient(norm, options.max_grad_norm)
+                coefficient = _C.clip_coefficient(norm, float(options.max_grad_norm))
         factor = coefficient / options.grad_scale
         if factor != 1.0:
             self.native.set_grad_factor(factor)
@@ -203,10 +220,14 @@ class RegisteredList:
         return param.data_ptr() in self._stepped
 
     def _engine(self, bucket: _C.Bucket) -> Engine:
-        if bucket.device_type == _CUDA and torch.cuda.is_current_stream_capturing():
+        if (
+            self.device_step is None
+            and bucket.device_type == _CUDA
+            and torch.cuda.is_current_stream_capturing()
+        ):
             raise RuntimeError(
-                "step() under CUDA graph capture is not supported: its step count and "
-                "learning rate are host values that a replay would repeat"
+                "step() under CUDA graph capture: found a step count on the host, which a replay "
+                "would repeat; accepted: capturable=True and the engine 'cuda'"
             )
         device = bucket.device_type, bucket.device_index
         if device not in self._engines:

@@ -36,7 +36,7 @@ class FusedRMSprop(FusedOptimizer):
         weight_decay: lambda, >= 0.
         momentum: of the buffer of quotients, >= 0.
         centered: whether the square of the mean gradient is subtracted.
-        capturable: accepted and kept for checkpoints; a step under CUDA graph capture is refused.
+        capturable: whether steps may be captured in a CUDA graph; see `FusedOptimizer`.
         foreach: accepted and kept for checkpoints; every engine works on the whole list at once.
         maximize: whether to go up the gradient.
         differentiable: must be False: the update is not recorded by autograd.

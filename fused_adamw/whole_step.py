@@ -35,7 +35,8 @@ class StepOptions:
     """The options of one step.
 
     Attributes:
-        max_grad_norm: the norm that gradients are clipped to, over all param groups.
+        max_grad_norm: the norm that gradients are clipped to, over all param groups; a tensor only
+            where the device reads it.
         skip_nonfinite: whether a norm that is not finite skips the step.
         ema_decay: how much of the average of the parameters a step keeps.
         zero_grads: whether gradients are zeroed once they have been read.
@@ -44,7 +45,7 @@ class StepOptions:
         grad_scale: what the loss was multiplied by.
     """
 
-    max_grad_norm: float | None = None
+    max_grad_norm: float | Tensor | None = None
     skip_nonfinite: bool = False
     ema_decay: float | None = None
     zero_grads: bool = False
@@ -68,7 +69,8 @@ class StepOptions:
         Raises:
             TypeError, ValueError: for one out of range; the message names it.
         """
-        _check_number("max_grad_norm", self.max_grad_norm, "a number > 0", lambda x: x > 0)
+        if not isinstance(self.max_grad_norm, Tensor):
+            _check_number("max_grad_norm", self.max_grad_norm, "a number > 0", lambda x: x > 0)
         _check_number("ema_decay", self.ema_decay, "a number in [0, 1)", lambda x: 0 <= x < 1)
         if self.grad_scale == 0.0:
             raise ValueError("grad_scale: found 0, accepted: a number other than 0")

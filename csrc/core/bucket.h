@@ -38,6 +38,10 @@ struct Bucket {
   int coefficients_per_row = 0;
   bool has_ema = false;        // every tensor has an average, or none has
   bool zero_grads = false;     // gradients are zeroed once they have been read
+  // Where coefficients are worked out on the device (cuda/tick.h): a row for each `row` of the
+  // tensors, and whether nothing is updated. Otherwise null.
+  const float* device_rows = nullptr;
+  const std::int32_t* skip = nullptr;
   double* observed = nullptr;  // rows of kObserved sums, one a chunk of the list; or null
   std::int64_t numel = 0;      // elements over all tensors
 

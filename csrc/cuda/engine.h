@@ -4,6 +4,7 @@
 #include <string>
 
 #include "core/bucket.h"
+#include "cuda/tick.h"
 
 namespace fused_adamw::cuda {
 
@@ -16,6 +17,10 @@ int update(const Bucket& bucket, void* stream);
 // place in `partials`, in the device's memory: [note: square sums].
 void square_sums(const Bucket& bucket, double* partials, void* stream);
 
+// Enqueue what precedes an update whose coefficients are worked out on the device: [note: tick].
+void fold(const FoldArguments& arguments, int device, void* stream);
+void tick(const TickArguments& arguments, int device, void* stream);
+
 // Why the engine cannot run on this machine, in a sentence; empty if it can.
 std::string unavailable_reason();
 
@@ -26,5 +31,7 @@ int count_launches(const Bucket& bucket);
 // planner, argument block and kernel body. For tests; slow.
 void update_on_host(const Bucket& bucket);
 void square_sums_on_host(const Bucket& bucket, double* partials);
+void fold_on_host(const FoldArguments& arguments);
+void tick_on_host(const TickArguments& arguments);
 
 }  // namespace fused_adamw::cuda

@@ -66,6 +66,25 @@ void square_sums_on_host(const Bucket& bucket, double* partials) {
   });
 }
 
+void fold_on_host(const FoldArguments& arguments) {
+  const DefaultFloatEnvironment environment;
+  for (int group = 0; group < arguments.groups; ++group) {
+    double lane[kFoldLanes];
+    for (int l = 0; l < kFoldLanes; ++l) lane[l] = fold_lane(arguments, group, l);
+    fold_by_halves(lane, kFoldLanes);
+    arguments.squares[group] = lane[0];
+  }
+}
+
+void tick_on_host(const TickArguments& arguments) {
+  const DefaultFloatEnvironment environment;
+  const Decision decision = decide(arguments);
+  for (int i = 0; i < arguments.parameter_count && !decision.skip; ++i) {
+    tick_parameter(arguments, decision, i);
+  }
+  tick_groups(arguments, decision);
+}
+
 int count_launches(const Bucket& bucket) {
   int launches = 0;
   const auto count = [&](auto arguments) {

@@ -30,10 +30,11 @@ struct LaunchArguments {
   static constexpr int kSlots = kFirstState + Functor::kStates;
   static constexpr int kPointers = kSlots + kWhole;
   static constexpr int kBytesPerTensor = kPointers * static_cast<int>(sizeof(void*)) +
-                                         sizeof(std::int64_t) + sizeof(std::uint32_t) + 2 +
+                                         sizeof(std::int64_t) + sizeof(std::uint32_t) +
+                                         sizeof(std::int32_t) +
                                          (kWhole ? sizeof(std::int64_t) : 0);
   static constexpr int kTensors =
-      (kArgumentBytes - kRows * static_cast<int>(sizeof(Row<Functor>)) - 48) / kBytesPerTensor;
+      (kArgumentBytes - kRows * static_cast<int>(sizeof(Row<Functor>)) - 64) / kBytesPerTensor;
 
   void* slot[kPointers][kTensors];  // the last the average of the parameter, with kWhole
   std::int64_t numel[kTensors];
@@ -41,8 +42,10 @@ struct LaunchArguments {
   Observation* observed;                      // one a chunk; or null
   Row<Functor> rows[kRows];
   std::uint32_t first_chunk[kTensors + 1];  // the last entry in use is the number of blocks
+  std::int32_t row[kTensors];  // of `rows`, or of those on the device
+  const float* device_rows;    // null: `rows`
+  const std::int32_t* skip;    // where it says so, gradients are zeroed at most; or null
   std::int32_t tensors;
-  std::uint16_t row[kTensors];
   Format format;
   bool has_ema;
   bool zero_grads;
@@ -71,10 +74,12 @@ void pack(const Bucket& bucket, const Launch& launch, LaunchArguments<Functor, k
     }
     arguments.numel[i] = tensor.numel;
     arguments.first_chunk[i] = launch.first_chunk[i];
-    arguments.row[i] = static_cast<std::uint16_t>(launch.row_of[i]);
+    arguments.row[i] = bucket.device_rows ? tensor.row : launch.row_of[i];
   }
   arguments.first_chunk[launch.tensors.size()] = launch.first_chunk.back();
-  for (std::size_t r = 0; r < launch.rows.size(); ++r) {
+  arguments.device_rows = bucket.device_rows;
+  arguments.skip = bucket.skip;
+  for (std::size_t r = 0; r < launch.rows.size() && !bucket.device_rows; ++r) {
     arguments.rows[r] = *reinterpret_cast<const Row<Functor>*>(
         bucket.coefficients.data() + launch.rows[r] * bucket.coefficients_per_row);
   }
@@ -128,7 +133,7 @@ inline std::vector<Launch> plan(const Bucket& bucket, const LaunchLimits& limits
   std::vector<std::int32_t> rows;
   for (const TensorEntry& tensor : bucket.tensors) {
     numels.push_back(tensor.numel);
-    rows.push_back(tensor.row);
+    rows.push_back(bucket.device_rows ? 0 : tensor.row);
   }
   return plan_launches(numels, rows, limits);
 }

@@ -7,6 +7,7 @@
 
 #include "core/platform.h"
 #include "cuda/launch_arguments.h"
+#include "cuda/tick.h"
 #include "rules/rule.h"
 
 namespace fused_adamw::cuda {
@@ -135,7 +136,7 @@ FUSED_ADAMW_HD void update_range(const LaunchArguments<Functor, kWhole>& argumen
         load<T, kCount>(static_cast<const T*>(arrays.slot[k]) + i, raw[k]);
       });
     }
-    Raw<kCount * sizeof(float)> raw_ema;
+    Raw<kCount * sizeof(float)> raw_ema{};
     if constexpr (kWhole) {
       if (arguments.has_ema) load<float, kCount>(arrays.ema() + i, raw_ema);
     }
@@ -201,6 +202,19 @@ FUSED_ADAMW_HD void update_range(const LaunchArguments<Functor, kWhole>& argumen
   }
 }
 
+// All that a skipped step does.
+template <class Functor, bool kWhole>
+FUSED_ADAMW_HD void zero_gradients(const LaunchArguments<Functor, kWhole>& arguments,
+                                   const Arrays<Functor, kWhole>& arrays, std::int64_t begin,
+                                   std::int64_t end, int thread) {
+  if (!arguments.zero_grads) return;
+  Mixed::with_type(arguments.format.grad, [&](auto type) {
+    using T = decltype(type);
+    T* grad = static_cast<T*>(arrays.slot[kGrad]);
+    for (std::int64_t i = begin + thread; i < end; i += kThreads) grad[i] = T{};
+  });
+}
+
 // What thread `thread` of block `block` does; returns what it observed.
 template <class Functor, class Storage, bool kWhole>
 FUSED_ADAMW_HD Observation update_chunk(const LaunchArguments<Functor, kWhole>& arguments,
@@ -210,9 +224,18 @@ FUSED_ADAMW_HD Observation update_chunk(const LaunchArguments<Functor, kWhole>& 
       static_cast<std::int64_t>(block - arguments.first_chunk[tensor]) * kChunk;
   const std::int64_t left = arguments.numel[tensor] - begin;
   const std::int64_t end = begin + (left < kChunk ? left : kChunk);
-  const Row<Functor> row = arguments.rows[arguments.row[tensor]];
-
   const Arrays<Functor, kWhole> arrays(arguments, tensor);
+  if (arguments.skip && *arguments.skip) {
+    if constexpr (kWhole) zero_gradients(arguments, arrays, begin, end, thread);
+    return {};
+  }
+  const int index = arguments.row[tensor];
+  const Row<Functor> row =
+      arguments.device_rows
+          ? *reinterpret_cast<const Row<Functor>*>(
+                arguments.device_rows + static_cast<std::int64_t>(index) * kDeviceRow)
+          : arguments.rows[index];
+
   // Whole packs, and what is left of the tensor, or all of one that is not aligned.
   constexpr int kPack = Storage::kPerThread;
   const std::int64_t rest = arrays.aligned() ? begin + (end - begin) / kPack * kPack : begin;

@@ -171,17 +171,22 @@ void ParameterList::register_state(Entry& entry, std::size_t i, py::dict state) 
 
   const auto read_scalar = [&](const std::string& name, int bits) {
     PyObject* value = read(name);
-    if (tensor.device.type != dlpack::kCpu || count_elements(tensor.ndim, tensor.shape) != 1 ||
+    const bool at_home =
+        registration_.on_device ? tensor.device == entry.device : tensor.device.type == dlpack::kCpu;
+    if (!at_home || count_elements(tensor.ndim, tensor.shape) != 1 ||
         tensor.dtype.code != dlpack::kFloat || tensor.dtype.bits != bits) {
       fail(PyExc_TypeError, entry,
            "has a state '" + name + "' of dtype " + dtype_name(value) + " and shape " +
                shape_name(tensor.ndim, tensor.shape) + " on " + device_name(tensor.device) +
-               "; accepted: one float" + std::to_string(bits) + " on the CPU");
+               "; accepted: one float" + std::to_string(bits) + " on " +
+               (registration_.on_device ? device_name(entry.device) : "the CPU"));
     }
     keep(value);
     return value;
   };
-  const auto check_scalar = [&](const std::string& name, double found) {
+  const auto check_scalar = [&](const std::string& name, const auto* memory) {
+    if (registration_.on_device) return;  // the host would wait for it
+    const double found = *memory;
     if (found >= 0.0 && std::isfinite(found)) return;
     fail(PyExc_ValueError, entry,
          "has a state '" + name + "' of " + std::to_string(found) + "; accepted: a number >= 0");
@@ -189,14 +194,14 @@ void ParameterList::register_state(Entry& entry, std::size_t i, py::dict state) 
   if (registration_.counts[i].cast<bool>()) {
     PyObject* value = read_scalar("step", 32);
     entry.step = {value, static_cast<float*>(address(tensor))};
-    check_scalar("step", *entry.step.memory);
+    check_scalar("step", entry.step.memory);
   }
   const py::object scalar = registration_.scalars[i];
   if (!scalar.is_none()) {
     const std::string name = py::str(scalar);
     PyObject* value = read_scalar(name, 64);
     entry.scalar = {value, static_cast<double*>(address(tensor))};
-    check_scalar(name, *entry.scalar.memory);
+    check_scalar(name, entry.scalar.memory);
   }
 }
 
@@ -269,6 +274,8 @@ bool ParameterList::gather(const std::vector<const Hyperparameters*>& groups,
     bucket->numel = 0;
     bucket->zero_grads = options.zero_grads;
     bucket->observed = nullptr;
+    bucket->device_rows = nullptr;
+    bucket->skip = nullptr;
   }
 
   const Route* route = nullptr;
@@ -307,7 +314,7 @@ bool ParameterList::gather(const std::vector<const Hyperparameters*>& groups,
     }
     tensor.ema = entry.ema.memory;
     tensor.numel = entry.numel;
-    tensor.row = route->row;
+    tensor.row = registration_.on_device ? static_cast<std::int32_t>(i) : route->row;
     tensor.chunk = chunks_;
     tensor.group = entry.group;
     tensor.step = at.t;
@@ -340,6 +347,26 @@ void ParameterList::set_observed(double* observed) {
   for (const auto& bucket : buckets_) bucket->observed = observed;
 }
 
+void ParameterList::set_device(const float* rows, const std::int32_t* skip) {
+  for (const auto& bucket : buckets_) {
+    bucket->device_rows = rows;
+    bucket->skip = skip;
+  }
+}
+
+std::vector<std::array<std::int64_t, 5>> ParameterList::device_records(
+    const std::vector<std::int64_t>& steps, const std::vector<std::int64_t>& averaged) const {
+  std::vector<std::array<std::int64_t, 5>> records;
+  const auto word = [](const void* memory) { return reinterpret_cast<std::intptr_t>(memory); };
+  for (const auto& [i, route] : updated_) {
+    const Entry& entry = entries_[i];
+    records.push_back({entry.step.memory ? word(entry.step.memory) : steps.at(i),
+                       word(entry.scalar.memory), entry.ema.object ? averaged.at(i) : 0,
+                       entry.group, static_cast<std::int64_t>(i)});
+  }
+  return records;
+}
+
 void ParameterList::release() {
   for (py::list* list : {&temporaries_, &zeroed_, &restrided_}) {
     if (!list->empty()) *list = py::list();
@@ -348,6 +375,7 @@ void ParameterList::release() {
 
 // Where no steps are counted a rule only asks whether this is the first.
 Position ParameterList::position(const Entry& entry) const {
+  if (registration_.on_device) return {1, 0.0};  // what only the device knows
   const double scalar = entry.scalar.memory ? *entry.scalar.memory : 0.0;
   if (!entry.step.memory) return {entry.fresh ? 1 : 2, scalar};
   const float steps = *entry.step.memory;
@@ -528,8 +556,10 @@ void ParameterList::commit(const Bucket& bucket) {
   for (const auto& [i, route] : updated_) {
     if (route->bucket != &bucket) continue;
     Entry& entry = entries_[i];
-    if (entry.step.memory) *entry.step.memory += 1.0f;
-    if (entry.scalar.memory) *entry.scalar.memory = route->scalar;
+    if (!registration_.on_device) {
+      if (entry.step.memory) *entry.step.memory += 1.0f;
+      if (entry.scalar.memory) *entry.scalar.memory = route->scalar;
+    }
     entry.fresh = false;
     entry.unaveraged = false;
     if (!all) params.append(py::handle(entry.param));

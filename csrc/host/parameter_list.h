@@ -4,6 +4,7 @@
 
 #include <pybind11/pybind11.h>
 
+#include <array>
 #include <cstdint>
 #include <map>
 #include <memory>
@@ -33,6 +34,7 @@ struct Registration {
   py::list active;      // whether it can have a gradient; what cannot may be of any kind
   py::list groups;      // index of its param group
   py::list labels;      // how messages call it: "parameter 3 ('head.weight')"
+  bool on_device;       // whether counts and scalars are beside their parameter on its device
   py::object restride;  // (tensor, like) -> a copy of tensor with the strides of like
   py::object increment_version;  // (list of tensors) -> None
 };
@@ -91,6 +93,13 @@ class ParameterList {
   // Completes the buckets: the factor of every gradient; where the chunks' observations go.
   void set_grad_factor(float factor);
   void set_observed(double* observed);
+
+  // Where coefficients are worked out on the device: where their rows and the decision to skip are,
+  // and the record of every parameter that gather() found (cuda/tick.h), of which rules that count
+  // no steps have them in `steps`. One address each, of every parameter of the list.
+  void set_device(const float* rows, const std::int32_t* skip);
+  std::vector<std::array<std::int64_t, 5>> device_records(
+      const std::vector<std::int64_t>& steps, const std::vector<std::int64_t>& averaged) const;
 
   // Ends the references to what only this step needs.
   void release();

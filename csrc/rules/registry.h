@@ -1,8 +1,11 @@
 // Every rule there is, and every functor that the engines are compiled for.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <initializer_list>
+#include <iterator>
 #include <vector>
 
 #include "rules/adadelta.h"
@@ -38,10 +41,30 @@ void visit_functor(int index, Visit&& visit) {
   visit_functor(Functors{}, index, visit);
 }
 
+// Calls visit(Rule{}) with the `index`-th of Rules.
+template <class Visit, class... Rule>
+FUSED_ADAMW_HD void visit_rule(Types<Rule...>, int index, Visit&& visit) {
+  int i = 0;
+  (void)((i++ == index && (visit(Rule{}), true)) || ...);
+}
+
+// The most numbers that any rule takes.
+template <class... Rule>
+constexpr int most_fields(Types<Rule...>) {
+  int most = 0;
+  for (const std::size_t bytes : {sizeof(typename Rule::Hyperparameters)...}) {
+    const int count = static_cast<int>(bytes / sizeof(double));
+    most = count > most ? count : most;
+  }
+  return most;
+}
+constexpr int kMostFields = most_fields(Rules{});
+
 // What the layers that know no rule see of one: hyperparameters as doubles in the order of
 // `fields`, coefficients as a row of floats.
 struct RuleInfo {
   const char* name;
+  int index;  // in Rules
   std::vector<Field> fields;
   const char* scalar;                             // null if it carries none
   int (*functor)(const double* hyperparameters);  // its index in Functors
@@ -59,17 +82,17 @@ struct FunctorInfo {
 namespace detail {
 
 template <class Rule>
-typename Rule::Hyperparameters hyperparameters(const double* values) {
+FUSED_ADAMW_HD typename Rule::Hyperparameters hyperparameters(const double* values) {
   typename Rule::Hyperparameters h;
   static_assert(sizeof h == sizeof Rule::kFields / sizeof(Field) * sizeof(double),
                 "a rule's fields are its hyperparameters");
-  std::memcpy(&h, values, sizeof h);
+  memcpy(&h, values, sizeof h);
   return h;
 }
 
 template <class Rule, int kFirstFunctor>
-RuleInfo describe() {
-  return {Rule::kName, std::vector<Field>(std::begin(Rule::kFields), std::end(Rule::kFields)),
+RuleInfo describe(int index) {
+  return {Rule::kName, index, std::vector<Field>(std::begin(Rule::kFields), std::end(Rule::kFields)),
           Rule::kScalar,
           [](const double* values) {
             return kFirstFunctor + Rule::functor(hyperparameters<Rule>(values));
@@ -85,7 +108,7 @@ void describe_all(std::vector<RuleInfo>&, Types<>) {}
 
 template <int kFirstFunctor, class Rule, class... More>
 void describe_all(std::vector<RuleInfo>& infos, Types<Rule, More...>) {
-  infos.push_back(describe<Rule, kFirstFunctor>());
+  infos.push_back(describe<Rule, kFirstFunctor>(static_cast<int>(infos.size())));
   describe_all<kFirstFunctor + count(typename Rule::Functors{})>(infos, Types<More...>{});
 }
 

@@ -28,10 +28,15 @@ class Engine(NamedTuple):
         update: the whole step, of a bucket and the hyperparameters of each param group.
         square_sums: writes the sum of squares of every chunk of the bucket's gradients to the
             chunk's place in float64 [chunks of the list, 1]; see [note: square sums].
+        fold: adds them up for each param group, on the device; None where nothing is worked out
+            there.
+        tick: works out coefficients and decisions on the device; likewise.
     """
 
     update: Callable[[_C.Bucket, Sequence[_C.Hyperparameters]], object]
     square_sums: Callable[[_C.Bucket, Tensor], object]
+    fold: Callable[[_C.FoldArguments, _C.Bucket], object] | None = None
+    tick: Callable[[_C.TickArguments, _C.Bucket], object] | None = None
 
 
 _CPU = Engine(
@@ -43,6 +48,8 @@ _CPU = Engine(
 _CUDA = Engine(
     lambda bucket, hyperparameters: _C.update_cuda(bucket),
     lambda bucket, partials: _C.square_sums_cuda(bucket, partials.data_ptr()),
+    lambda arguments, bucket: _C.fold_cuda(arguments, bucket),
+    lambda arguments, bucket: _C.tick_cuda(arguments, bucket),
 )
 _TRITON = Engine(
     lambda bucket, hyperparameters: _C.in_default_float_environment(
@@ -62,6 +69,8 @@ _REFERENCE = Engine(
 _CUDA_ON_HOST = Engine(
     lambda bucket, hyperparameters: _C.update_cuda_on_host(bucket),
     lambda bucket, partials: _C.square_sums_cuda_on_host(bucket, partials.data_ptr()),
+    lambda arguments, bucket: _C.fold_on_host(arguments),
+    lambda arguments, bucket: _C.tick_on_host(arguments),
 )
 
 _BY_NAME = {

@@ -1,0 +1,262 @@
+"""Steps whose counts, coefficients and decisions are worked out on the device.
+
+What a step needs to know beside its arrays (the count of steps, the learning rate where that is a
+tensor, the schedule's eta, the gradients' norm, whether there was an overflow) stays in the
+device's memory: csrc/cuda/tick.h. The host enqueues three or four kernels and waits for nothing,
+and a CUDA graph that captured them replays with what the memory holds then.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from fused_adamw import _C
+from fused_adamw.device_schedules import program
+from fused_adamw.engines import Engine
+from fused_adamw.whole_step import StepOptions
+
+_FLOATS = (torch.float32, torch.float64)
+# What stands for a value that only the device knows: within the range of every hyperparameter.
+_UNKNOWN = 0.5
+
+
+class DeviceInputs(NamedTuple):
+    """What a step on the device takes beside what every step takes.
+
+    Attributes:
+        plans: of each param group.
+        amp: what the scaler has set.
+    """
+
+    plans: Sequence[GroupPlan]
+    amp: Amp
+
+
+class Amp(NamedTuple):
+    """What torch.amp.GradScaler sets: float32 tensors of one element, or None."""
+
+    grad_scale: Tensor | None
+    found_inf: Tensor | None
+
+
+@dataclass(frozen=True)
+class GroupPlan:
+    """A param group as the device is told of it.
+
+    Attributes:
+        hyperparameters: checked; a number stands where only the device knows the value.
+        sources: of each field of the rule the tensor that holds it, or None.
+        schedule: its program, empty where there is none.
+        schedule_step: steps taken, int64 [] on the device.
+    """
+
+    hyperparameters: _C.Hyperparameters
+    sources: tuple[Tensor | None, ...]
+    schedule: tuple[float, ...]
+    schedule_step: Tensor
+
+
+def on_device(
+    name: str, value: Tensor, device: torch.device, dtypes: Sequence[torch.dtype]
+) -> Tensor:
+    """A tensor that a step reads on the device.
+
+    Raises:
+        ValueError: of more than one element, or on another device.
+        TypeError: of another dtype.
+    """
+    accepted = f"one element of {' or '.join(map(str, dtypes))} on {device}"
+    found = f"a tensor of shape {tuple(value.shape)} and {value.dtype} on {value.device}"
+    if value.numel() != 1 or value.device != device:
+        raise ValueError(f"{name}: found {found}, accepted: {accepted}")
+    if value.dtype not in dtypes:
+        raise TypeError(f"{name}: found {found}, accepted: {accepted}")
+    return value.detach()
+
+
+def plan_group(
+    rule: str,
+    group: dict[str, Any],
+    device: torch.device,
+    check: Callable[[dict[str, Any]], _C.Hyperparameters],
+) -> GroupPlan:
+    """What the device is told of a param group.
+
+    Args:
+        rule: the group's.
+        group: whose values may be tensors on the device.
+        device: of the parameters.
+        check: makes hyperparameters of a group without such tensors.
+
+    Raises:
+        TypeError, ValueError: as `hyperparameters`; a tensor that the device cannot read; a
+            schedule that has no program.
+    """
+    sources: list[Tensor | None] = []
+    values = {**group, "schedule_step": 0}
+    for _, argument, _ in _C.RULES[rule][0]:
+        value = group.get(argument)
+        if isinstance(value, Tensor):
+            sources.append(on_device(argument, value, device, _FLOATS))
+            values[argument] = _UNKNOWN
+        else:
+            sources.append(None)
+    return GroupPlan(
+        check(values),
+        tuple(sources),
+        tuple(program(group["schedule"])) if group["schedule"] is not None else (),
+        group["schedule_step"],
+    )
+
+
+class DeviceStep:
+    """The device's memory for the steps of one registered list.
+
+    Args:
+        device: of all parameters.
+        steps: of each parameter the count of steps, float32 [], which rules use that keep none in
+            their state.
+        averaged: of each parameter whether its average has begun, float32 [].
+        groups: number of param groups.
+    """
+
+    def __init__(
+        self, device: torch.device, steps: list[Tensor], averaged: list[Tensor], groups: int
+    ) -> None:
+        self.device = device
+        self.grad_norm = torch.zeros((), dtype=torch.float32, device=device)
+        self._steps, self._averaged = steps, averaged
+        self._rows = torch.zeros(len(steps), _C.DEVICE_ROW, dtype=torch.float32, device=device)
+        self._skip = torch.zeros((), dtype=torch.int32, device=device)
+        self._squares = torch.zeros(groups, dtype=torch.float64, device=device)
+        self._tables: dict[str, tuple[bytes, Tensor]] = {}
+        self._kept: list[Any] = []  # what a captured graph reads
+
+    def prepare(
+        self,
+        native: _C.ParameterList,
+        engines: Sequence[Engine],
+        buckets: Sequence[_C.Bucket],
+        inputs: DeviceInputs,
+        options: StepOptions,
+    ) -> None:
+        """Enqueues all that precedes the update, and points the buckets at its results.
+
+        Raises:
+            RuntimeError: tables are to be written while a graph is captured.
+        """
+        plans, amp = inputs
+        if len({(bucket.device_type, bucket.device_index) for bucket in buckets}) > 1:
+            raise RuntimeError("step: found parameters on several devices, accepted: on one")
+        fold, tick = engines[0].fold, engines[0].tick
+        assert fold is not None
+        assert tick is not None
+        limit: Any = options.max_grad_norm
+        limit_at = (
+            on_device("max_grad_norm", limit, self.device, _FLOATS[:1])
+            if isinstance(limit, Tensor)
+            else None
+        )
+        squares = 0
+        if options.measures_norm:
+            partials = torch.empty(native.chunks, dtype=torch.float64, device=self.device)
+            for one, bucket in zip(engines, buckets, strict=True):
+                one.square_sums(bucket, partials)
+            ends = self._table("ends", np.array(native.chunk_ends(len(plans)), np.int64))
+            fold(
+                _C.FoldArguments(
+                    partials=partials.data_ptr(),
+                    ends=ends,
+                    squares=self._squares.data_ptr(),
+                    groups=len(plans),
+                ),
+                buckets[0],
+            )
+            for group in options.norm_process_groups:
+                torch.distributed.all_reduce(self._squares, group=group)
+            squares = self._squares.data_ptr()
+        records = np.concatenate([self._record(g, plan, options) for g, plan in enumerate(plans)])
+        parameters = native.device_records(
+            [step.data_ptr() for step in self._steps],
+            [averaged.data_ptr() for averaged in self._averaged],
+        )
+        tick(
+            _C.TickArguments(
+                groups=self._table("groups", records),
+                parameters=self._table("parameters", parameters),
+                group_count=len(plans),
+                parameter_count=len(parameters),
+                squares=squares,
+                grad_scale=_address("grad_scale", amp.grad_scale, self.device),
+                found_inf=_address("found_inf", amp.found_inf, self.device),
+                max_grad_norm_at=0 if limit_at is None else limit_at.data_ptr(),
+                max_grad_norm=math.inf if limit is None or limit_at is not None else limit,
+                skip_nonfinite=options.skip_nonfinite,
+                rows=self._rows.data_ptr(),
+                grad_norm=self.grad_norm.data_ptr(),
+                skip=self._skip.data_ptr(),
+            ),
+            buckets[0],
+        )
+        native.set_device(self._rows.data_ptr(), self._skip.data_ptr())
+        if _capturing(self.device):
+            self._kept.append((plans, limit_at, amp))
+
+    def _record(self, index: int, plan: GroupPlan, options: StepOptions) -> NDArray[np.int64]:
+        schedule = 0
+        if plan.schedule:
+            words = np.array(plan.schedule, np.float64).view(np.int64)
+            schedule = self._table(f"schedule {index}", words)
+        doubles = sum(
+            1 << k
+            for k, source in enumerate(plan.sources)
+            if source is not None and source.dtype == torch.float64
+        )
+        return _C.group_record(
+            plan.hyperparameters,
+            [0 if source is None else source.data_ptr() for source in plan.sources],
+            doubles,
+            schedule,
+            plan.schedule_step.data_ptr(),
+            options.ema_weight,
+        )
+
+    def _table(self, name: str, words: NDArray[np.int64]) -> int:
+        """The address of words in the device's memory, which are written where they changed."""
+        content = words.tobytes()
+        known = self._tables.get(name)
+        if known is not None and known[0] == content:
+            return known[1].data_ptr()
+        if _capturing(self.device):
+            raise RuntimeError(
+                "step() under CUDA graph capture: found param groups, gradients or options that "
+                "changed since the last step; accepted: as at a step before the capture"
+            )
+        on_host = torch.from_numpy(np.ascontiguousarray(words).reshape(-1))
+        if self.device.type == "cuda":
+            on_host = on_host.pin_memory()
+        if known is not None and known[1].numel() == on_host.numel():
+            memory = known[1]  # of a captured graph, too
+        else:
+            memory = torch.empty_like(on_host, device=self.device)
+            if known is not None:
+                self._kept.append(known[1])
+        memory.copy_(on_host, non_blocking=True)
+        self._tables[name] = content, memory
+        return memory.data_ptr()
+
+
+def _address(name: str, value: Tensor | None, device: torch.device) -> int:
+    return 0 if value is None else on_device(name, value, device, _FLOATS[:1]).data_ptr()
+
+
+def _capturing(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
