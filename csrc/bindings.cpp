@@ -441,14 +441,13 @@ PYBIND11_MODULE(_C, m) {
   // What is worked out on the device.
   m.attr("DEVICE_ROW") = cuda::kDeviceRow;
   m.def("group_record", &group_record, py::arg("hyperparameters"), py::arg("sources"),
-        py::arg("is_double"), py::arg("schedule"), py::arg("schedule_step"),
-        py::arg("ema_weight"));
+        py::arg("is_double"), py::arg("schedule"), py::arg("schedule_step"), py::arg("ema_weight"));
   py::class_<cuda::FoldArguments>(m, "FoldArguments")
-      .def(py::init([](std::intptr_t partials, std::intptr_t ends, std::intptr_t squares,
-                       int groups) {
-             return cuda::FoldArguments{doubles_at(partials), at<const std::int64_t>(ends),
-                                        doubles_at(squares), groups};
-           }),
+      .def(py::init(
+               [](std::intptr_t partials, std::intptr_t ends, std::intptr_t squares, int groups) {
+                 return cuda::FoldArguments{doubles_at(partials), at<const std::int64_t>(ends),
+                                            doubles_at(squares), groups};
+               }),
            py::kw_only(), py::arg("partials"), py::arg("ends"), py::arg("squares"),
            py::arg("groups"));
   py::class_<cuda::TickArguments>(m, "TickArguments")

@@ -13,6 +13,7 @@ from bench import sanitize_case
 from bench.kernels import build
 from bench.kernels.__main__ import REPORT
 from bench.kernels.compiled import Compiled
+from bench.kernels.names import Kernel
 from bench.kernels.report import narrowed, render, spilled
 from bench.kernels.sass import WIDE
 from fused_adamw import _C, engines
@@ -44,6 +45,7 @@ EXPECTED = {
 }
 OPTIONS_WITH_A_STATE = {"amsgrad", "centered", "momentum"}
 MIXED = ()  # dtypes that are told apart at run time
+MOST_STACK_OF_A_WHOLE_STEP = 32  # bytes a thread
 UNIFORM = (("float32",) * 3, ("bfloat16",) * 3)
 FORMATS = {"cuda": {*UNIFORM, MIXED}, "triton": {*build.TRITON_FORMATS}}
 
@@ -56,8 +58,38 @@ def engine(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture
 def kernels(engine: str, compiled_kernels: list[Compiled]) -> list[Compiled]:
-    """The kernels of one engine."""
-    return [kernel for kernel in compiled_kernels if kernel.engine == engine]
+    """The kernels of one engine that update, and do nothing beside."""
+    return [
+        kernel
+        for kernel in compiled_kernels
+        if kernel.engine == engine and kernel.kernel.rule and not kernel.kernel.whole
+    ]
+
+
+def test_whole_steps_are_compiled_too(compiled_kernels: list[Compiled]) -> None:
+    """Of CUDA for all arrays in float32 and for mixed ones; those with three states spill a bit."""
+    cuda = [kernel for kernel in compiled_kernels if kernel.engine == "cuda"]
+    functors = {kernel.kernel.functor for kernel in cuda if kernel.kernel.rule}
+    wanted = {(functor, dtypes) for functor in functors for dtypes in (UNIFORM[0], MIXED)}
+    whole = [kernel for kernel in cuda if kernel.kernel.whole]
+    assert {(kernel.kernel.functor, kernel.kernel.dtypes) for kernel in whole} == wanted
+    assert len(whole) == len(wanted)
+    for kernel in whole:
+        assert kernel.stack <= MOST_STACK_OF_A_WHOLE_STEP, str(kernel)
+        if kernel.kernel.dtypes:
+            assert not spilled(kernel), str(kernel)
+
+
+def test_kernels_beside_the_updates(compiled_kernels: list[Compiled]) -> None:
+    """The squares, their fold and the tick, which has the stack of a schedule's program."""
+    found = {
+        kernel.kernel.function: kernel for kernel in compiled_kernels if not kernel.kernel.rule
+    }
+    assert {*found} == {"square_sum_kernel", "fold_kernel", "tick_kernel"}
+    assert not spilled(found["square_sum_kernel"])
+    assert not spilled(found["fold_kernel"])
+    for kernel in found.values():
+        assert not re.search(r"\bfma\.rn\.f(?:32|64)", kernel.ptx), str(kernel)
 
 
 @pytest.fixture
@@ -154,7 +186,13 @@ def test_the_sanitizers_watch_every_kernel(
     for optimizer, dtypes in sanitize_case.CASES:
         sanitize_case.run("cpu", optimizer, dtypes)
     cuda = [kernel.kernel for kernel in compiled_kernels if kernel.engine == "cuda"]
-    assert sorted(ran) == sorted((*kernel.functor, kernel.dtypes) for kernel in cuda)
+    assert sorted(ran) == sorted(
+        (*kernel.functor, kernel.dtypes) for kernel in cuda if plain(kernel)
+    )
+
+
+def plain(kernel: Kernel) -> bool:
+    return bool(kernel.rule) and not kernel.whole
 
 
 def sections(report: str) -> dict[str, str]:

@@ -27,27 +27,31 @@ class Kernel:
         rule: the functor's name in lower case; empty for a kernel that takes none.
         options: the functor's compile-time options, in order: name and value.
         dtypes: of param, grad and states; empty where the kernel tells them apart when it runs.
+        whole: whether it also averages, zeroes and observes.
     """
 
     function: str
     rule: str
     options: tuple[tuple[str, bool | str], ...]
     dtypes: tuple[str, ...]
+    whole: bool = False
 
     @classmethod
     def of(cls, demangled: str) -> Kernel:
         """Reads `space::kernel<space::Rule<option, ...>, space::Storage>`.
 
         Every template argument may be missing. The storage is `Uniform<type>`, which all arrays
-        have, or `Mixed`; the first other argument is the rule, and what more there may be counts as
-        an option.
+        have, or `Mixed`; a bool says whether the kernel is of a whole step; the first other argument
+        is the rule, and what more there may be counts as an option.
         """
         bare = re.sub(r"\([\w:]+\)|\w+::|^void |\s", "", demangled)  # 2 of (Decay)2
         function, arguments = _split(bare)
-        rule, values, dtypes, more = "", [], (), []
+        rule, values, dtypes, more, whole = "", [], (), [], False
         for argument in arguments:
             name, inner = _split(argument)
-            if name == "Uniform":
+            if name in ("true", "false"):
+                whole = name == "true"
+            elif name == "Uniform":
                 dtypes = (DTYPES[inner[0]],) * len(ARRAYS)
             elif name != "Mixed":
                 if rule:
@@ -59,7 +63,7 @@ class Kernel:
             (names[i] if i < len(names) else str(i), {"true": True, "false": False}.get(x, x))
             for i, x in enumerate(values)
         )
-        return cls(function, _words(rule, "_"), (*options, *more), dtypes)
+        return cls(function, _words(rule, "_"), (*options, *more), dtypes, whole)
 
     @classmethod
     def restored(cls, fields: dict[str, Any]) -> Kernel:
@@ -85,7 +89,8 @@ class Kernel:
 
     def __str__(self) -> str:
         storage = self.dtypes or ("mixed" if self.rule else "",)
-        return "-".join(filter(None, (self.rule or self.function, self.variant, *storage)))
+        whole = "whole" if self.whole else ""
+        return "-".join(filter(None, (self.rule or self.function, self.variant, *storage, whole)))
 
 
 def demangled(symbols: Iterable[str]) -> dict[str, str]:

@@ -24,7 +24,11 @@ measured. `!` marks an aim that is missed; the columns, and what a blank means, 
 """
 
 COLUMNS: dict[str, Callable[[Compiled], str]] = {
-    "rule": lambda k: f"{k.kernel.rule or k.kernel.function} {k.kernel.variant}".strip(),
+    "rule": lambda k: " ".join(
+        filter(
+            None, (k.kernel.rule or k.kernel.function, k.kernel.variant, k.kernel.whole and "whole")
+        )
+    ),
     "param/grad/states": lambda k: "/".join(SHORT[x] for x in k.kernel.dtypes) or "mixed",
     "registers": lambda k: _flag(k.registers, too_many_registers(k)),
     "spills": lambda k: _flag(k.code.local_accesses, k.code.local_accesses > 0),

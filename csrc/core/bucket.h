@@ -36,8 +36,8 @@ struct Bucket {
   std::vector<float>
       coefficients;  // rows of `coefficients_per_row` floats: the rule's and the pass's
   int coefficients_per_row = 0;
-  bool has_ema = false;        // every tensor has an average, or none has
-  bool zero_grads = false;     // gradients are zeroed once they have been read
+  bool has_ema = false;     // every tensor has an average, or none has
+  bool zero_grads = false;  // gradients are zeroed once they have been read
   // Where coefficients are worked out on the device (cuda/tick.h): a row for each `row` of the
   // tensors, and whether nothing is updated. Otherwise null.
   const float* device_rows = nullptr;

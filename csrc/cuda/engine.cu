@@ -20,7 +20,7 @@ int update(const Bucket& bucket, void* stream) {
   const CurrentDevice current(bucket.device_index);
   const auto on_stream = static_cast<cudaStream_t>(stream);
   int launches = 0;
-  visit_storage(bucket.format, [&](auto storage) {
+  visit_storage(bucket.format, !bucket.is_plain(), [&](auto storage) {
     launches = launch_bucket<decltype(storage)>(bucket, on_stream);
   });
   return launches;

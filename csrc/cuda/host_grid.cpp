@@ -42,7 +42,10 @@ void play(const Bucket& bucket) {
 
 template <bool kWhole>
 void play_storage(const Bucket& bucket) {
-  visit_storage(bucket.format, [&](auto storage) { play<decltype(storage), kWhole>(bucket); });
+  visit_storage(bucket.format, kWhole, [&](auto storage) {
+    using Storage = decltype(storage);
+    if constexpr (!kWhole || kHasWhole<Storage>) play<Storage, kWhole>(bucket);
+  });
 }
 
 }  // namespace

@@ -31,8 +31,7 @@ struct LaunchArguments {
   static constexpr int kPointers = kSlots + kWhole;
   static constexpr int kBytesPerTensor = kPointers * static_cast<int>(sizeof(void*)) +
                                          sizeof(std::int64_t) + sizeof(std::uint32_t) +
-                                         sizeof(std::int32_t) +
-                                         (kWhole ? sizeof(std::int64_t) : 0);
+                                         sizeof(std::int32_t) + (kWhole ? sizeof(std::int64_t) : 0);
   static constexpr int kTensors =
       (kArgumentBytes - kRows * static_cast<int>(sizeof(Row<Functor>)) - 64) / kBytesPerTensor;
 
@@ -42,9 +41,9 @@ struct LaunchArguments {
   Observation* observed;                      // one a chunk; or null
   Row<Functor> rows[kRows];
   std::uint32_t first_chunk[kTensors + 1];  // the last entry in use is the number of blocks
-  std::int32_t row[kTensors];  // of `rows`, or of those on the device
-  const float* device_rows;    // null: `rows`
-  const std::int32_t* skip;    // where it says so, gradients are zeroed at most; or null
+  std::int32_t row[kTensors];               // of `rows`, or of those on the device
+  const float* device_rows;                 // null: `rows`
+  const std::int32_t* skip;  // where it says so, gradients are zeroed at most; or null
   std::int32_t tensors;
   Format format;
   bool has_ema;

@@ -1,8 +1,7 @@
 // The kernels that work out a step on the device: see [note: tick].
-#include "cuda/tick.h"
-
 #include "cuda/check.h"
 #include "cuda/engine.h"
+#include "cuda/tick.h"
 
 namespace fused_adamw::cuda {
 namespace {

@@ -2,9 +2,9 @@
 // gradients, and of every parameter the coefficients. So a step waits for no value of the device's,
 // and a captured graph replays with whatever the device's memory holds then.
 //
-// [note: tick] A tick is one block. It reads one record a param group and one a parameter, which the
-// host wrote when they last changed, and writes one row of coefficients a parameter. It counts the
-// step, too, so what follows it only updates. Nothing is counted when a step is skipped.
+// [note: tick] A tick is one block. It reads one record a param group and one a parameter, which
+// the host wrote when they last changed, and writes one row of coefficients a parameter. It counts
+// the step, too, so what follows it only updates. Nothing is counted when a step is skipped.
 #pragma once
 
 #include <cmath>
@@ -23,13 +23,13 @@ constexpr int kDeviceRow = 16;
 
 // Of words of 8 bytes, as tables of the device are made.
 struct GroupRecord {
-  std::int64_t rule;            // in Rules
-  double value[kMostFields];    // hyperparameters in the order of the rule's fields
+  std::int64_t rule;                // in Rules
+  double value[kMostFields];        // hyperparameters in the order of the rule's fields
   const void* source[kMostFields];  // where one lives on the device instead; or null
-  std::int64_t is_double;       // a bit for each source: float64, otherwise float32
-  std::int64_t multiplier;      // which of the fields the schedule sets
-  const double* schedule;       // its program; or null
-  std::int64_t* schedule_step;  // steps taken
+  std::int64_t is_double;           // a bit for each source: float64, otherwise float32
+  std::int64_t multiplier;          // which of the fields the schedule sets
+  const double* schedule;           // its program; or null
+  std::int64_t* schedule_step;      // steps taken
   double ema_weight;
 };
 

@@ -87,11 +87,18 @@ struct Mixed {
   }
 };
 
+// Whether kernels are compiled for a whole step over a storage. Where every array is bfloat16 an
+// average is not, so Mixed does it.
+template <class Storage>
+constexpr bool kHasWhole = true;
+template <>
+constexpr bool kHasWhole<Uniform<bfloat16>> = false;
+
 // Calls visit(Storage{}) with the way to the arrays of a format.
 template <class Visit>
-void visit_storage(const Format& format, Visit&& visit) {
+void visit_storage(const Format& format, bool whole, Visit&& visit) {
   if (format.all(Dtype::kFloat32)) return visit(Uniform<float>{});
-  if (format.all(Dtype::kBfloat16)) return visit(Uniform<bfloat16>{});
+  if (format.all(Dtype::kBfloat16) && !whole) return visit(Uniform<bfloat16>{});
   visit(Mixed{});
 }
 
@@ -232,8 +239,8 @@ FUSED_ADAMW_HD Observation update_chunk(const LaunchArguments<Functor, kWhole>& 
   const int index = arguments.row[tensor];
   const Row<Functor> row =
       arguments.device_rows
-          ? *reinterpret_cast<const Row<Functor>*>(
-                arguments.device_rows + static_cast<std::int64_t>(index) * kDeviceRow)
+          ? *reinterpret_cast<const Row<Functor>*>(arguments.device_rows +
+                                                   static_cast<std::int64_t>(index) * kDeviceRow)
           : arguments.rows[index];
 
   // Whole packs, and what is left of the tensor, or all of one that is not aligned.

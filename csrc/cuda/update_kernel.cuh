@@ -26,8 +26,11 @@ constexpr int kMostBlocks = 6;
 
 template <class Functor, class Storage, bool kWhole>
 constexpr int blocks_per_multiprocessor() {
-  // The average is one array more, and the sums of an observation take as much as another.
-  const int arrays = kFirstState + Functor::kStates + std::is_same_v<Storage, Mixed> + 2 * kWhole;
+  constexpr bool kMixed = std::is_same_v<Storage, Mixed>;
+  // The average is one array more, what is observed takes registers too; mixed, 2 blocks of 128
+  // registers still have 48 KB of loads in flight.
+  if (kMixed && kWhole) return 2;
+  const int arrays = kFirstState + Functor::kStates + kMixed + 2 * kWhole;
   return arrays > 4 ? 3 : arrays > 2 ? 4 : kMostBlocks;
 }
 
@@ -60,8 +63,11 @@ int launch_bucket(const Bucket& bucket, cudaStream_t stream) {
   int launches = 0;
   visit_functor(bucket.functor, [&](auto functor) {
     using Functor = decltype(functor);
-    launches = bucket.is_plain() ? launch_kernels<Functor, Storage, false>(bucket, stream)
-                                 : launch_kernels<Functor, Storage, true>(bucket, stream);
+    if (bucket.is_plain()) {
+      launches = launch_kernels<Functor, Storage, false>(bucket, stream);
+    } else if constexpr (kHasWhole<Storage>) {
+      launches = launch_kernels<Functor, Storage, true>(bucket, stream);
+    }
   });
   return launches;
 }

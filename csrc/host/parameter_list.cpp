@@ -171,8 +171,8 @@ void ParameterList::register_state(Entry& entry, std::size_t i, py::dict state) 
 
   const auto read_scalar = [&](const std::string& name, int bits) {
     PyObject* value = read(name);
-    const bool at_home =
-        registration_.on_device ? tensor.device == entry.device : tensor.device.type == dlpack::kCpu;
+    const bool at_home = registration_.on_device ? tensor.device == entry.device
+                                                 : tensor.device.type == dlpack::kCpu;
     if (!at_home || count_elements(tensor.ndim, tensor.shape) != 1 ||
         tensor.dtype.code != dlpack::kFloat || tensor.dtype.bits != bits) {
       fail(PyExc_TypeError, entry,

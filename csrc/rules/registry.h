@@ -92,7 +92,9 @@ FUSED_ADAMW_HD typename Rule::Hyperparameters hyperparameters(const double* valu
 
 template <class Rule, int kFirstFunctor>
 RuleInfo describe(int index) {
-  return {Rule::kName, index, std::vector<Field>(std::begin(Rule::kFields), std::end(Rule::kFields)),
+  return {Rule::kName,
+          index,
+          std::vector<Field>(std::begin(Rule::kFields), std::end(Rule::kFields)),
           Rule::kScalar,
           [](const double* values) {
             return kFirstFunctor + Rule::functor(hyperparameters<Rule>(values));
