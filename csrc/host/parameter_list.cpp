@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <limits>
 #include <tuple>
 
 #include "core/float_environment.h"
@@ -330,7 +331,9 @@ void ParameterList::count_chunks(const Entry& entry) {
   chunks_ += count;
 }
 
+// A NaN is made the usual one: another's payload could round to a number, see [note: pairs].
 void ParameterList::set_grad_factor(float factor) {
+  if (std::isnan(factor)) factor = std::numeric_limits<float>::quiet_NaN();
   for (const auto& bucket : buckets_) {
     for (int row = 0; row < bucket->rows(); ++row) bucket->pass(row).grad_factor = factor;
   }
