@@ -414,16 +414,19 @@ void* ParameterList::read_gradient(const Entry& entry, PyObject* grad, Dtype& dt
          "has a gradient of dtype " + dtype_name(grad) + "; accepted: float32, bfloat16, float16");
   }
   if (!same_strides(entry, tensor)) {
-    const py::object copy = registration_.restride(py::handle(grad), py::handle(entry.param));
-    if (options_.zero_grads && !is_dense(tensor.ndim, tensor.shape, tensor.strides)) {
-      fail(PyExc_ValueError, entry,
-           "has a gradient with strides " + shape_name(tensor.ndim, tensor.strides) +
-               " for shape " + shape_of(entry) +
-               "; accepted with zero_grads: dense memory without gaps or overlap");
+    if (options_.zero_grads) {
+      if (!is_dense(tensor.ndim, tensor.shape, tensor.strides)) {
+        fail(PyExc_ValueError, entry,
+             "has a gradient with strides " + shape_name(tensor.ndim, tensor.strides) +
+                 " for shape " + shape_of(entry) +
+                 "; accepted with zero_grads: dense memory without gaps or overlap");
+      }
+      check_gradient_memory(entry, address(tensor), dtype);  // the copy's is checked by the caller
+      restrided_.append(py::handle(grad));
     }
+    const py::object copy = registration_.restride(py::handle(grad), py::handle(entry.param));
     if (!view(copy.ptr(), tensor)) throw py::error_already_set();
     temporaries_.append(copy);
-    if (options_.zero_grads) restrided_.append(py::handle(grad));
   }
   return address(tensor);
 }
