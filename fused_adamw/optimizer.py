@@ -27,7 +27,7 @@ from fused_adamw.measurements import GroupTelemetry, Measurements
 from fused_adamw.registration import Member, RegisteredList
 from fused_adamw.schedules import Schedule, from_description
 from fused_adamw.weight_decay import convert_weight_decay
-from fused_adamw.whole_step import EMA, Outcome, StepOptions, one_number
+from fused_adamw.whole_step import EMA, Outcome, StepOptions, one_number, zero
 
 PARAM_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Attributes that copies and pickles keep, beside what torch keeps.
@@ -366,7 +366,7 @@ class FusedOptimizer(Optimizer):
         if not options.zero_grads:
             return
         grads = [p.grad for group in self.param_groups for p in group["params"]]
-        torch._foreach_zero_([grad for grad in grads if grad is not None])
+        zero([grad for grad in grads if grad is not None])
 
     @property
     def grad_norm(self) -> Tensor | None:

@@ -16,7 +16,7 @@ from torch import Tensor
 from fused_adamw import _C
 from fused_adamw.engines import Engine, engine_for
 from fused_adamw.measurements import Measurements
-from fused_adamw.whole_step import EMA, PLAIN, Outcome, StepOptions
+from fused_adamw.whole_step import EMA, PLAIN, Outcome, StepOptions, zero
 
 _CUDA = 2  # DLPack's code
 
@@ -173,7 +173,7 @@ class RegisteredList:
             )
             if options.skip_nonfinite and not math.isfinite(norm):
                 if options.zero_grads:
-                    torch._foreach_zero_(self.native.zeroed)
+                    zero(self.native.zeroed)
                 return Outcome.SKIPPED
             if options.max_grad_norm is not None:
                 coefficient = _C.clip_coefficient(norm, options.max_grad_norm)
@@ -193,8 +193,7 @@ class RegisteredList:
             self._stepped = frozenset(int(x) for column in stepped for x in column)
             raise
         if options.zero_grads:
-            if self.native.restrided:
-                torch._foreach_zero_(self.native.restrided)
+            zero(self.native.restrided)
             torch.autograd.graph.increment_version(self.native.zeroed)
         return Outcome.DONE
 

@@ -13,9 +13,11 @@ from __future__ import annotations
 
 import enum
 import numbers
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 EMA = "param_ema"
@@ -79,6 +81,13 @@ class StepOptions:
 
 
 PLAIN = StepOptions()
+
+
+@torch.no_grad()
+def zero(grads: Sequence[Tensor]) -> None:
+    """Zeroes gradients, which may be none at all, or part of a graph."""
+    if grads:
+        torch._foreach_zero_(grads)
 
 
 def _check_number(name: str, value: Any, accepted: str, accepts: Any) -> None:
