@@ -474,52 +474,53 @@ class FusedOptimizer(Optimizer):
         self, current: list[_C.Hyperparameters], options: StepOptions
     ) -> Outcome:
         """Steps over a new registration, which is kept for the steps that follow."""
-        new: list[tuple[Tensor, bool]] = []  # and whether it had an empty state
-        new_averages: list[Tensor] = []  # of parameters that had a state
+        former: dict[Tensor, frozenset[str] | None] = {}  # keys of the states to which some are new
         registered: RegisteredList | None = None
         averages = options.ema_decay is not None
         begins = averages and not any(EMA in state for state in self._state.values())
 
         def undo() -> None:
-            for param in new_averages:
-                if registered is None or not registered.has_stepped(param):
-                    del self._state[param][EMA]
-            for param, had_state in new:
+            for param, keys in former.items():
                 if registered is not None and registered.has_stepped(param):
                     continue  # an engine failed later
-                self._state[param].clear()
-                if not had_state:
+                state = self._state[param]
+                for key in state.keys() - (keys or ()):
+                    del state[key]
+                if keys is None:
                     del self._state[param]
 
         try:
             members: list[Member] = []
             for index, group in enumerate(self.param_groups):
                 names = self._state_names(group)
-                stateless = not (names or self._counts or self._scalar or averages)
+                stateless = not (names or self._counts or self._scalar)
                 for i, param in enumerate(group["params"]):
                     fresh = unaveraged = False
-                    if param.grad is not None and not stateless:
-                        if not self._state.get(param):
-                            new.append((param, param in self._state))
+                    if param.grad is not None:
+                        keys = self._state.get(param, {}).keys()
+                        fresh = not (stateless or keys - {EMA})
+                        unaveraged = averages and EMA not in keys
+                        if fresh or unaveraged:
+                            former[param] = frozenset(keys) if param in self._state else None
+                        if fresh:
                             self._state[param].update(self._initial_state(param, group))
-                            fresh = True
-                        if averages and EMA not in self._state[param]:
-                            if not fresh:
-                                new_averages.append(param)
+                        if unaveraged:
                             self._state[param][EMA] = _initial_average(param)
-                            unaveraged = begins
+                    state = self._state.get(param) or {}
+                    # What is missing is created when its gradient comes, by a new registration.
+                    complete = (stateless or state.keys() - {EMA}) and averages <= (EMA in state)
                     members.append(
                         Member(
                             param,
-                            {} if stateless else self._state.get(param) or None,
+                            state if complete else None,
                             names,
                             index,
                             _label(len(members), group, i),
                             counts=self._counts,
                             scalar=self._scalar,
                             fresh=fresh,
-                            averaged=averages and EMA in self._state.get(param, ()),
-                            unaveraged=unaveraged,
+                            averaged=averages,
+                            unaveraged=unaveraged and begins,
                             active=param.requires_grad or param.grad is not None,
                         )
                     )
@@ -530,7 +531,7 @@ class FusedOptimizer(Optimizer):
         except BaseException:
             undo()
             raise
-        if outcome is Outcome.SKIPPED and (new or new_averages):
+        if outcome is Outcome.SKIPPED and former:
             undo()  # its first step is still to come
             self._registered = None
             return outcome
