@@ -12,6 +12,7 @@ from fused_adamw.lion import FusedLion
 from fused_adamw.nadam import FusedNadam, FusedNadamW
 from fused_adamw.rmsprop import FusedRMSprop
 from fused_adamw.sgd import FusedSGD, FusedSGDW
+from fused_adamw.step_in_backward import step_in_backward
 from fused_adamw.weight_decay import convert_weight_decay, normalized_weight_decay
 
 __version__: str = _C.VERSION
@@ -37,4 +38,5 @@ __all__ = [
     "functional",
     "normalized_weight_decay",
     "schedules",
+    "step_in_backward",
 ]

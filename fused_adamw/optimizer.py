@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import math
 import sys
 from abc import abstractmethod
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from itertools import chain
-from typing import Any, TypedDict, TypeVar, overload
+from typing import TYPE_CHECKING, Any, TypedDict, TypeVar, overload
 
 import torch
 from torch import Tensor
@@ -20,7 +21,7 @@ from torch.compiler import is_dynamo_compiling
 from torch.optim import Optimizer
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
-from fused_adamw import _C, checks
+from fused_adamw import _C, checks, compiled
 from fused_adamw.engines import check_engine
 from fused_adamw.hyperparameters import group_keys, hyperparameters, values_of
 from fused_adamw.measurements import GroupTelemetry, Measurements
@@ -28,6 +29,9 @@ from fused_adamw.registration import Member, RegisteredList
 from fused_adamw.schedules import Schedule, from_description
 from fused_adamw.weight_decay import convert_weight_decay
 from fused_adamw.whole_step import EMA, Outcome, StepOptions, one_number, zero
+
+if TYPE_CHECKING:
+    from fused_adamw.step_in_backward import StepInBackward
 
 PARAM_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Attributes that copies and pickles keep, beside what torch keeps.
@@ -43,6 +47,8 @@ _FLAG = "decoupled_weight_decay"  # torch's name for the convention of decay, ke
 _RULES_KEYS = {_FLAG}.union(*map(group_keys, _C.RULES))
 Loss = TypeVar("Loss")
 States = defaultdict[Tensor, dict[str, Any]]
+# Of a parameter its param group, its place there and its number among all.
+Place = tuple[int, int, int]
 
 
 class Options(TypedDict, total=False):
@@ -111,6 +117,8 @@ class FusedOptimizer(Optimizer):
     found_inf: Tensor
     # What reads the values of a group that make its hyperparameters, as a tuple.
     _values: Callable[[dict[str, Any]], tuple[Any, ...]]
+    # What steps parameters in the backward pass, if anything does.
+    _in_backward: StepInBackward | None = None
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
@@ -139,6 +147,7 @@ class FusedOptimizer(Optimizer):
         self.engine = engine
         self.state_dtype = state_dtype
         self._registered: RegisteredList | None = None
+        self._registered_alone: dict[Tensor, RegisteredList] = {}
         self._known: dict[int, tuple[tuple[Any, ...], _C.Hyperparameters]] = {}
         self.max_grad_norm = max_grad_norm
         self.skip_nonfinite = skip_nonfinite
@@ -147,6 +156,7 @@ class FusedOptimizer(Optimizer):
         self.zero_grads = zero_grads
         self.collect_telemetry = telemetry
         self._swapped = False
+        self._number = compiled.number_of(self)
         self._measurements = Measurements()
         self._step_options()
         defaults = {
@@ -196,21 +206,25 @@ class FusedOptimizer(Optimizer):
     def state(self) -> States:
         """Per parameter a dict of its state, as in torch.
 
-        Whoever reads this may change it, or move it to free memory, so the registered list, which
-        holds references to every tensor, is given up; the next step registers anew.
+        Whoever reads this may change it, or move it to free memory, so the registered lists, which
+        hold references to every tensor, are given up; the next step registers anew.
         """
-        self._registered = None
+        self._give_up_registered()
         return self._state
 
     @state.setter
     def state(self, state: States) -> None:
-        self._registered = None
+        self._give_up_registered()
         self.__dict__["state"] = state
 
     @property
     def _state(self) -> States:
         state: States = self.__dict__["state"]
         return state
+
+    def _give_up_registered(self) -> None:
+        self._registered = None
+        self._registered_alone = {}
 
     def _is_state_held(self) -> bool:
         """Whether someone else has the dict of states, and so can reach every tensor in it."""
@@ -232,7 +246,7 @@ class FusedOptimizer(Optimizer):
         except Exception:
             del self.param_groups[count:]
             raise
-        self._registered = None
+        self._give_up_registered()
 
     def _refuse_repeated(self, param_group: dict[str, Any]) -> None:
         """Names the parameter, where torch only warns, or does not say which."""
@@ -312,9 +326,10 @@ class FusedOptimizer(Optimizer):
             self._zero_unread_grads(options)
             return loss
         former: list[tuple[dict[str, Any], Any]] = []
+        idle = () if self._in_backward is None else self._in_backward.idle_groups()
         for group in self.param_groups:
             if group["schedule"] is not None:
-                former = self._follow_schedules()
+                former = self._follow_schedules(idle)
                 break
         try:
             current = [self._current(index) for index in range(len(self.param_groups))]
@@ -339,8 +354,9 @@ class FusedOptimizer(Optimizer):
         if outcome is Outcome.SKIPPED:
             _restore(former)
             return loss
-        for group in self.param_groups:
-            group["schedule_step"] += 1
+        for index, group in enumerate(self.param_groups):
+            if index not in idle:
+                group["schedule_step"] += 1
         return loss
 
     def _step_options(self) -> StepOptions:
@@ -406,12 +422,12 @@ class FusedOptimizer(Optimizer):
                 _exchange_back(param, ema, values)
             self._swapped = False
 
-    def _follow_schedules(self) -> list[tuple[dict[str, Any], Any]]:
-        """Sets eta in the groups that have a schedule; returns them with what it was."""
+    def _follow_schedules(self, idle: Collection[int]) -> list[tuple[dict[str, Any], Any]]:
+        """Sets eta in the groups that have a schedule and are not idle; returns what it was."""
         scheduled = [
             (group, self._scheduled_multiplier(index))
             for index, group in enumerate(self.param_groups)
-            if group["schedule"] is not None
+            if group["schedule"] is not None and index not in idle
         ]
         former = [(group, group["schedule_multiplier"]) for group, _ in scheduled]
         for group, multiplier in scheduled:
@@ -449,35 +465,93 @@ class FusedOptimizer(Optimizer):
 
         @functools.wraps(func)
         def step(self: FusedOptimizer, *args: Any, **kwargs: Any) -> Any:
-            if is_dynamo_compiling():
-                return uncompiled(self, *args, **kwargs)
-            if (
+            hooked = (
                 self._optimizer_step_pre_hooks
                 or self._optimizer_step_post_hooks
                 or _global_optimizer_pre_hooks
                 or _global_optimizer_post_hooks
-                or torch.autograd._profiler_enabled()  # type: ignore[attr-defined]
-            ):
+            )
+            if is_dynamo_compiling():
+                plain = not (hooked or args or kwargs) and func is FusedOptimizer.step
+                if plain and compiled.graph_must_not_end():
+                    return compiled.step(self)
+                return uncompiled(self, *args, **kwargs)
+            if hooked or torch.autograd._profiler_enabled():  # type: ignore[attr-defined]
                 return torchs(self, *args, **kwargs)
             result = func(self, *args, **kwargs)
             self._optimizer_step_code()
             return result
 
-        # torch.compile cannot look into the extension: its graph ends before a step.
+        # The graph of torch.compile ends before a step: [note: graph or no graph] in compiled.py.
         uncompiled = _disable_dynamo(step)
         return step
 
     def _param_lists(self) -> list[list[Tensor]]:
         return [group["params"] for group in self.param_groups]
 
+    def _places(self) -> list[Place]:
+        """Of every parameter, in order."""
+        numbers = itertools.count()
+        return [
+            (index, i, next(numbers))
+            for index, group in enumerate(self.param_groups)
+            for i in range(len(group["params"]))
+        ]
+
     def _register_and_step(
         self, current: list[_C.Hyperparameters], options: StepOptions
     ) -> Outcome:
         """Steps over a new registration, which is kept for the steps that follow."""
+        begins = not any(EMA in state for state in self._state.values())
+        registered, outcome = self._step_anew(self._places(), current, options, begins)
+        self._give_up_registered()
+        if registered is not None:
+            registered.native.remember(self._param_lists(), self._state)
+            self._registered = registered
+        return outcome
+
+    def _step_alone(self, place: Place, hyperparameters: _C.Hyperparameters) -> None:
+        """Steps one parameter, which has a gradient, over a list of its own; likewise kept."""
+        param = self.param_groups[place[0]]["params"][place[1]]
+        current = [hyperparameters] * (place[0] + 1)
+        options = self._step_options()
+        registered = self._registered_alone.get(param)
+        if (
+            registered is not None
+            and registered.averages is (options.ema_decay is not None)
+            and registered.native.matches([], {param: self._state.get(param, {})})
+        ):
+            outcome = registered.step(
+                current,
+                is_state_held=self._is_state_held(),
+                options=options,
+                measurements=self._measurements,
+            )
+            if outcome is not Outcome.STALE:
+                return
+        registered, _ = self._step_anew([place], current, options, begins=True)
+        if registered is not None:
+            registered.native.remember([], {param: self._state.get(param, {})})
+            self._registered_alone[param] = registered
+
+    def _step_anew(
+        self,
+        places: Iterable[Place],
+        current: list[_C.Hyperparameters],
+        options: StepOptions,
+        begins: bool,
+    ) -> tuple[RegisteredList | None, Outcome]:
+        """Registers parameters, with the states that they lack, and steps those with a gradient.
+
+        Args:
+            places: of the parameters.
+            current: the hyperparameters of each group.
+            options: of the step.
+            begins: whether an average that is created here begins with this step's result.
+        """
         former: dict[Tensor, frozenset[str] | None] = {}  # keys of the states to which some are new
         registered: RegisteredList | None = None
         averages = options.ema_decay is not None
-        begins = averages and not any(EMA in state for state in self._state.values())
 
         def undo() -> None:
             for param, keys in former.items():
@@ -491,39 +565,40 @@ class FusedOptimizer(Optimizer):
 
         try:
             members: list[Member] = []
-            for index, group in enumerate(self.param_groups):
+            for index, i, number in places:
+                group = self.param_groups[index]
+                param = group["params"][i]
                 names = self._state_names(group)
                 stateless = not (names or self._counts or self._scalar)
-                for i, param in enumerate(group["params"]):
-                    fresh = unaveraged = False
-                    if param.grad is not None:
-                        keys = self._state.get(param, {}).keys()
-                        fresh = not (stateless or keys - {EMA})
-                        unaveraged = averages and EMA not in keys
-                        if fresh or unaveraged:
-                            former[param] = frozenset(keys) if param in self._state else None
-                        if fresh:
-                            self._state[param].update(self._initial_state(param, group))
-                        if unaveraged:
-                            self._state[param][EMA] = _initial_average(param)
-                    state = self._state.get(param) or {}
-                    # What is missing is created when its gradient comes, by a new registration.
-                    complete = (stateless or state.keys() - {EMA}) and averages <= (EMA in state)
-                    members.append(
-                        Member(
-                            param,
-                            state if complete else None,
-                            names,
-                            index,
-                            _label(len(members), group, i),
-                            counts=self._counts,
-                            scalar=self._scalar,
-                            fresh=fresh,
-                            averaged=averages,
-                            unaveraged=unaveraged and begins,
-                            active=param.requires_grad or param.grad is not None,
-                        )
+                fresh = unaveraged = False
+                if param.grad is not None:
+                    keys = self._state.get(param, {}).keys()
+                    fresh = not (stateless or keys - {EMA})
+                    unaveraged = averages and EMA not in keys
+                    if fresh or unaveraged:
+                        former[param] = frozenset(keys) if param in self._state else None
+                    if fresh:
+                        self._state[param].update(self._initial_state(param, group))
+                    if unaveraged:
+                        self._state[param][EMA] = _initial_average(param)
+                state = self._state.get(param) or {}
+                # What is missing is created when its gradient comes, by a new registration.
+                complete = (stateless or state.keys() - {EMA}) and averages <= (EMA in state)
+                members.append(
+                    Member(
+                        param,
+                        state if complete else None,
+                        names,
+                        index,
+                        _label(number, group, i),
+                        counts=self._counts,
+                        scalar=self._scalar,
+                        fresh=fresh,
+                        averaged=averages,
+                        unaveraged=unaveraged and begins,
+                        active=param.requires_grad or param.grad is not None,
                     )
+                )
             registered = RegisteredList(members, self.engine, averages)
             outcome = registered.step(current, options=options, measurements=self._measurements)
             if outcome is Outcome.STALE:
@@ -533,11 +608,8 @@ class FusedOptimizer(Optimizer):
             raise
         if outcome is Outcome.SKIPPED and former:
             undo()  # its first step is still to come
-            self._registered = None
-            return outcome
-        registered.native.remember(self._param_lists(), self._state)
-        self._registered = registered
-        return outcome
+            return None, outcome
+        return registered, outcome
 
     def _initial_state(self, param: Tensor, group: dict[str, Any]) -> dict[str, Any]:
         state: dict[str, Any] = {}
@@ -694,9 +766,9 @@ class FusedOptimizer(Optimizer):
         self, where: str, param: Tensor, names: tuple[str, ...], saved: dict[str, Any]
     ) -> dict[str, Any]:
         needed = {*names, *(["step"] if self._counts else [])}
-        known = needed | self._known_states | {EMA}
         if self._scalar is not None:
             needed.add(self._scalar)
+        known = needed | self._known_states | {EMA}
         found = set(saved)
         if not needed <= found <= known:
             raise ValueError(
@@ -722,11 +794,12 @@ class FusedOptimizer(Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._registered = None
+        self._give_up_registered()
         self._known = {}
         if "_measurements" not in self.__dict__:  # a copy
             self._measurements = Measurements()
             self._swapped = False
+        self._number = compiled.number_of(self)
 
 
 def _restore(former: list[tuple[dict[str, Any], Any]]) -> None:

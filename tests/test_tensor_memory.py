@@ -331,47 +331,6 @@ def test_engine_that_fails_on_the_second_bucket(
     assert_same_bits(*found)
 
 
-def test_compiled_function_that_steps() -> None:
-    """torch.compile ends its graph where a step begins, and goes on after it."""
-    results = []
-    for compiled in (True, False):
-        torch._dynamo.reset()
-        torch.manual_seed(0)
-        model = nn.Linear(4, 3)
-        optimizer = FusedAdamW(model.parameters(), **LOUD)
-        x = torch.randn(5, 4)
-
-        def iteration(
-            optimizer: Optimizer = optimizer, model: nn.Linear = model, x: Tensor = x
-        ) -> Tensor:
-            optimizer.zero_grad()
-            loss = model(x).pow(2).sum()
-            loss.backward()
-            optimizer.step()
-            return loss * 2
-
-        run = torch.compile(iteration, backend="eager") if compiled else iteration
-        losses = [run().detach() for _ in range(4)]
-        results.append([*losses, *(param.detach() for param in model.parameters())])
-        assert all(state["step"] == 4 for state in optimizer.state.values())
-    assert_same_bits(*results)
-
-
-def test_step_that_is_compiled_itself() -> None:
-    torch._dynamo.reset()
-    params, expected = make_params(), make_params()
-    optimizer, plain = FusedAdamW(params, **LOUD), FusedAdamW(expected, **LOUD)
-    calls: list[str] = []
-    optimizer.register_step_post_hook(lambda *_: calls.append("hook"))
-    step = torch.compile(optimizer.step, backend="eager")
-    for i in range(3):
-        set_grads(params, i)
-        step()
-        train(plain, expected, range(i, i + 1))
-    assert calls == ["hook"] * 3
-    assert_same_bits(params, expected)
-
-
 # --- Memory that must be freed -------------------------------------------------------------------
 
 
