@@ -81,11 +81,20 @@ class Measurements:
     def observe(
         self,
         native: _C.ParameterList,
+        engines: Sequence[Engine],
         buckets: Sequence[_C.Bucket],
         groups: int,
         grad_scale: float,
     ) -> None:
-        """Has the buckets observed as they are updated."""
+        """Has the buckets observed as they are updated.
+
+        Raises:
+            RuntimeError: an engine does not observe, or there are several devices.
+        """
+        if not all(engine.observes for engine in engines):
+            raise RuntimeError(
+                "telemetry: found the engine 'triton', accepted: 'cpu', 'cuda' or 'reference'"
+            )
         columns = _columns(native, buckets, _C.OBSERVED)
         if len(columns) > 1:
             raise RuntimeError("telemetry: found parameters on several devices, accepted: on one")
@@ -93,9 +102,9 @@ class Measurements:
         for bucket in buckets:
             for group, numel in zip(bucket.groups.tolist(), bucket.numels.tolist(), strict=True):
                 numels[group] += numel
-        for sums in columns.values():
-            native.set_observed(sums.data_ptr())
-            self._observed = _Observed(sums, native.chunk_runs, numels, grad_scale)
+        sums = next(iter(columns.values()), torch.empty(0, _C.OBSERVED, dtype=torch.float64))
+        native.set_observed(sums.data_ptr())
+        self._observed = _Observed(sums, native.chunk_runs, numels, grad_scale)
 
     def telemetry(self) -> list[GroupTelemetry] | None:
         """Of each param group at the last step that was observed; None before."""
@@ -105,7 +114,7 @@ class Measurements:
         sums = _folded(observed.sums, observed.runs, len(observed.numels)).tolist()
         return [
             GroupTelemetry(
-                _norm(grad) / observed.grad_scale,
+                _norm(grad, observed.grad_scale),
                 _norm(update),
                 _norm(param),
                 int(nonfinite),
@@ -117,9 +126,9 @@ class Measurements:
         ]
 
 
-def _norm(square: float) -> float:
+def _norm(square: float, scale: float = 1.0) -> float:
     """Rounded to float32: the order of the sums differs between engines, in the last bits."""
-    return float(np.float32(np.sqrt(square)))
+    return float(np.float32(np.sqrt(square) / scale))
 
 
 def _columns(

@@ -181,7 +181,9 @@ class RegisteredList:
         if factor != 1.0:
             self.native.set_grad_factor(factor)
         if options.telemetry:
-            measurements.observe(self.native, buckets, len(hyperparameters), options.grad_scale)
+            measurements.observe(
+                self.native, engines, buckets, len(hyperparameters), options.grad_scale
+            )
         done = 0
         try:
             for engine, bucket in zip(engines, buckets, strict=True):

@@ -28,10 +28,12 @@ class Engine(NamedTuple):
         update: the whole step, of a bucket and the hyperparameters of each param group.
         square_sums: writes the sum of squares of every chunk of the bucket's gradients to the
             chunk's place in float64 [chunks of the list, 1]; see [note: square sums].
+        observes: whether `update` writes the observations of a bucket that asks for them.
     """
 
     update: Callable[[_C.Bucket, Sequence[_C.Hyperparameters]], object]
     square_sums: Callable[[_C.Bucket, Tensor], object]
+    observes: bool = True
 
 
 _CPU = Engine(
@@ -51,6 +53,7 @@ _TRITON = Engine(
     lambda bucket, partials: _C.in_default_float_environment(
         lambda: triton.square_sums(bucket, partials)
     ),
+    observes=False,
 )
 _REFERENCE = Engine(
     lambda bucket, hyperparameters: _C.in_default_float_environment(
