@@ -151,7 +151,7 @@ class FusedOptimizer(Optimizer):
         self._known: dict[int, tuple[tuple[Any, ...], _C.Hyperparameters]] = {}
         self.max_grad_norm = max_grad_norm
         self.skip_nonfinite = skip_nonfinite
-        self.norm_process_groups = tuple(norm_process_groups)
+        self.norm_process_groups = norm_process_groups
         self.ema_decay = ema_decay
         self.zero_grads = zero_grads
         self.collect_telemetry = telemetry
@@ -373,9 +373,10 @@ class FusedOptimizer(Optimizer):
             self.norm_process_groups,
             1.0 if scale is None else one_number("grad_scale", scale),
         )
-        known: tuple[tuple[Any, ...], StepOptions] | None = self.__dict__.get("_known_options")
-        if known is None or known[0] != values:
-            known = self._known_options = values, StepOptions(*values).check()
+        key = tuple(map(type, values)), values  # the types first: of some, == is no bool
+        known: tuple[Any, StepOptions] | None = self.__dict__.get("_known_options")
+        if known is None or known[0] != key:
+            known = self._known_options = key, StepOptions(*values).check()
         return known[1]
 
     def _zero_unread_grads(self, options: StepOptions) -> None:
