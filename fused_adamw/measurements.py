@@ -41,7 +41,7 @@ class _Observed:
     sums: Tensor  # float64 [chunks, fields of core/pass.h's Observation]
     runs: _C.ChunkRuns
     numels: list[int]  # of each param group
-    grad_scale: float
+    grad_scale: float | Tensor
 
 
 class Measurements:
@@ -83,11 +83,20 @@ class Measurements:
     def observe(
         self,
         native: _C.ParameterList,
+        engines: Sequence[Engine],
         buckets: Sequence[_C.Bucket],
         groups: int,
-        grad_scale: float,
+        grad_scale: float | Tensor,
     ) -> None:
-        """Has the buckets observed as they are updated."""
+        """Has the buckets observed as they are updated.
+
+        Raises:
+            RuntimeError: an engine does not observe, or there are several devices.
+        """
+        if not all(engine.observes for engine in engines):
+            raise RuntimeError(
+                "telemetry: found the engine 'triton', accepted: 'cpu', 'cuda' or 'reference'"
+            )
         columns = _columns(native, buckets, _C.OBSERVED)
         if len(columns) > 1:
             raise RuntimeError("telemetry: found parameters on several devices, accepted: on one")
@@ -95,9 +104,9 @@ class Measurements:
         for bucket in buckets:
             for group, numel in zip(bucket.groups.tolist(), bucket.numels.tolist(), strict=True):
                 numels[group] += numel
-        for sums in columns.values():
-            native.set_observed(sums.data_ptr())
-            self._observed = _Observed(sums, native.chunk_runs, numels, grad_scale)
+        sums = next(iter(columns.values()), torch.empty(0, _C.OBSERVED, dtype=torch.float64))
+        native.set_observed(sums.data_ptr())
+        self._observed = _Observed(sums, native.chunk_runs, numels, grad_scale)
 
     def telemetry(self) -> list[GroupTelemetry] | None:
         """Of each param group at the last step that was observed; None before."""
@@ -107,7 +116,7 @@ class Measurements:
         sums = _folded(observed.sums, observed.runs, len(observed.numels)).tolist()
         return [
             GroupTelemetry(
-                _norm(grad) / observed.grad_scale,
+                _norm(grad, float(observed.grad_scale)),
                 _norm(update),
                 _norm(param),
                 int(nonfinite),
@@ -119,9 +128,9 @@ class Measurements:
         ]
 
 
-def _norm(square: float) -> float:
+def _norm(square: float, scale: float = 1.0) -> float:
     """Rounded to float32: the order of the sums differs between engines, in the last bits."""
-    return float(np.float32(np.sqrt(square)))
+    return float(np.float32(np.sqrt(square) / scale))
 
 
 def _columns(

@@ -29,7 +29,7 @@ from fused_adamw.measurements import GroupTelemetry, Measurements
 from fused_adamw.registration import Member, RegisteredList
 from fused_adamw.schedules import Schedule, from_description
 from fused_adamw.weight_decay import convert_weight_decay
-from fused_adamw.whole_step import EMA, Outcome, StepOptions, one_number
+from fused_adamw.whole_step import EMA, Outcome, StepOptions, one_number, zero
 
 if TYPE_CHECKING:
     from fused_adamw.step_in_backward import StepInBackward
@@ -166,7 +166,7 @@ class FusedOptimizer(Optimizer):
         self._known: dict[int, tuple[tuple[Any, ...], _C.Hyperparameters]] = {}
         self.max_grad_norm = max_grad_norm
         self.skip_nonfinite = skip_nonfinite
-        self.norm_process_groups = tuple(norm_process_groups)
+        self.norm_process_groups = norm_process_groups
         self.ema_decay = ema_decay
         self.zero_grads = zero_grads
         self.collect_telemetry = telemetry
@@ -466,7 +466,10 @@ class FusedOptimizer(Optimizer):
 
         for member in members:
             if member.fresh or member.unaveraged:
-                self._positions[member.param] = number(not member.fresh), number(False)
+                self._positions[member.param] = (
+                    number(not member.fresh),
+                    number(not member.unaveraged),
+                )
             elif member.param not in self._positions and member.state:
                 self._positions[member.param] = number(True), number(True)
         nowhere = number(False), number(False)
@@ -499,16 +502,17 @@ class FusedOptimizer(Optimizer):
             self.norm_process_groups,
             1.0 if scale is None else one_number("grad_scale", scale),
         )
-        known: tuple[tuple[Any, ...], StepOptions] | None = self.__dict__.get("_known_options")
-        if known is None or isinstance(limit, Tensor) or known[0] != values:
-            known = self._known_options = values, StepOptions(*values).check()
+        key = tuple(map(type, values)), values  # the types first: of some, == is no bool
+        known: tuple[Any, StepOptions] | None = self.__dict__.get("_known_options")
+        if known is None or isinstance(limit, Tensor) or known[0] != key:
+            known = self._known_options = key, StepOptions(*values).check()
         return known[1]
 
     def _zero_unread_grads(self, options: StepOptions) -> None:
         if not options.zero_grads:
             return
         grads = [p.grad for group in self.param_groups for p in group["params"]]
-        torch._foreach_zero_([grad for grad in grads if grad is not None])
+        zero([grad for grad in grads if grad is not None])
 
     @property
     def grad_norm(self) -> Tensor | None:
@@ -680,20 +684,18 @@ class FusedOptimizer(Optimizer):
             begins: whether an average that is created here begins with this step's result.
             inputs: of a step whose decisions are the device's.
         """
-        new: list[tuple[Tensor, bool]] = []  # and whether it had an empty state
-        new_averages: list[Tensor] = []  # of parameters that had a state
+        former: dict[Tensor, frozenset[str] | None] = {}  # keys of the states to which some are new
         registered: RegisteredList | None = None
         averages = options.ema_decay is not None
 
         def undo() -> None:
-            for param in new_averages:
-                if registered is None or not registered.has_stepped(param):
-                    del self._state[param][EMA]
-            for param, had_state in new:
+            for param, keys in former.items():
                 if registered is not None and registered.has_stepped(param):
                     continue  # an engine failed later
-                self._state[param].clear()
-                if not had_state:
+                state = self._state[param]
+                for key in state.keys() - (keys or ()):
+                    del state[key]
+                if keys is None:
                     del self._state[param]
 
         try:
@@ -702,31 +704,34 @@ class FusedOptimizer(Optimizer):
                 group = self.param_groups[index]
                 param = group["params"][i]
                 names = self._state_names(group)
-                stateless = not (names or self._counts or self._scalar or averages)
+                stateless = not (names or self._counts or self._scalar)
                 fresh = unaveraged = False
-                if param.grad is not None and not stateless:
-                    if not self._state.get(param):
-                        new.append((param, param in self._state))
+                if param.grad is not None:
+                    keys = self._state.get(param, {}).keys()
+                    fresh = not (stateless or keys - {EMA})
+                    unaveraged = averages and EMA not in keys
+                    if fresh or unaveraged:
+                        former[param] = frozenset(keys) if param in self._state else None
+                    if fresh:
                         self._state[param].update(self._initial_state(param, group))
-                        fresh = True
-                    if averages and EMA not in self._state[param]:
-                        if not fresh:
-                            new_averages.append(param)
+                    if unaveraged:
                         self._state[param][EMA] = _initial_average(param)
-                        unaveraged = begins
+                state = self._state.get(param) or {}
+                # What is missing is created when its gradient comes, by a new registration.
+                complete = (stateless or state.keys() - {EMA}) and averages <= (EMA in state)
                 self._place_scalars(param, _HOST if inputs is None else param.device)
                 members.append(
                     Member(
                         param,
-                        {} if stateless else self._state.get(param) or None,
+                        state if complete else None,
                         names,
                         index,
                         _label(number, group, i),
                         counts=self._counts,
                         scalar=self._scalar,
                         fresh=fresh,
-                        averaged=averages and EMA in self._state.get(param, ()),
-                        unaveraged=unaveraged,
+                        averaged=averages,
+                        unaveraged=unaveraged and begins,
                         active=param.requires_grad or param.grad is not None,
                     )
                 )
@@ -742,7 +747,7 @@ class FusedOptimizer(Optimizer):
         except BaseException:
             undo()
             raise
-        if outcome is Outcome.SKIPPED and (new or new_averages):
+        if outcome is Outcome.SKIPPED and former:
             undo()  # its first step is still to come
             return None, outcome
         return registered, outcome

@@ -620,6 +620,33 @@ def squared_norm(partials: NDArray[np.float64]) -> float:
         return float(_fold_halves(lanes))
 
 
+def observed(
+    grad: NDArray[np.float32], before: NDArray[np.float32], after: NDArray[np.float32]
+) -> NDArray[np.float64]:
+    """What a step tells of each chunk of a parameter, as it is stored.
+
+    Args:
+        grad: its gradient, any shape.
+        before: the parameter before the step, of the same shape.
+        after: and after it.
+
+    Returns:
+        Array [chunks, 5]: the sums of squares of the gradient, of the change and of the parameter
+        after the step; the number of gradients that are not finite; the number of elements that
+        the step left as they were though their gradient is not zero.
+    """
+    with np.errstate(all="ignore"):
+        change = after - before
+    lost = (before == after) & (grad != 0)
+    return np.stack(
+        [
+            squared_norm_partials(array.astype(np.float32), "float32")
+            for array in (grad, change, after, ~np.isfinite(grad), lost)
+        ],
+        axis=1,
+    )
+
+
 class Clipped(NamedTuple):
     """The norm of the unscaled gradients, and what to multiply each by to unscale and clip it."""
 

@@ -17,7 +17,7 @@ from fused_adamw import _C
 from fused_adamw.device_step import DeviceInputs, DeviceStep
 from fused_adamw.engines import Engine, engine_for
 from fused_adamw.measurements import Measurements
-from fused_adamw.whole_step import EMA, PLAIN, Outcome, StepOptions
+from fused_adamw.whole_step import EMA, PLAIN, Outcome, StepOptions, zero
 
 _CUDA = 2  # DLPack's code
 
@@ -174,9 +174,14 @@ class RegisteredList:
     ) -> Outcome:
         buckets = self.native.buckets()
         engines = [self._engine(bucket) for bucket in buckets]
+        groups = len(hyperparameters)
         coefficient = 1.0
         if self.device_step is not None:
             assert inputs is not None
+            if options.telemetry:
+                scale = inputs.amp.grad_scale
+                kept = 1.0 if scale is None else scale.clone()  # the scaler will change its own
+                measurements.observe(self.native, engines, buckets, groups, kept)
             if buckets:
                 self.device_step.prepare(self.native, engines, buckets, inputs, options)
             else:
@@ -185,20 +190,18 @@ class RegisteredList:
             if options.measures_norm:
                 measurements.grad_norm = self.device_step.grad_norm
         elif options.measures_norm:
-            norm = measurements.measure_norm(
-                self.native, engines, buckets, len(hyperparameters), options
-            )
+            norm = measurements.measure_norm(self.native, engines, buckets, groups, options)
             if options.skip_nonfinite and not math.isfinite(norm):
                 if options.zero_grads:
-                    torch._foreach_zero_(self.native.zeroed)
+                    zero(self.native.zeroed)
                 return Outcome.SKIPPED
             if options.max_grad_norm is not None:
                 coefficient = _C.clip_coefficient(norm, float(options.max_grad_norm))
         factor = coefficient / options.grad_scale
         if factor != 1.0:
             self.native.set_grad_factor(factor)
-        if options.telemetry:
-            measurements.observe(self.native, buckets, len(hyperparameters), options.grad_scale)
+        if options.telemetry and self.device_step is None:
+            measurements.observe(self.native, engines, buckets, groups, options.grad_scale)
         done = 0
         try:
             for engine, bucket in zip(engines, buckets, strict=True):
@@ -210,8 +213,7 @@ class RegisteredList:
             self._stepped = frozenset(int(x) for column in stepped for x in column)
             raise
         if options.zero_grads:
-            if self.native.restrided:
-                torch._foreach_zero_(self.native.restrided)
+            zero(self.native.restrided)
             torch.autograd.graph.increment_version(self.native.zeroed)
         return Outcome.DONE
 

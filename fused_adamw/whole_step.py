@@ -12,10 +12,13 @@ Of a gradient g as it is in memory, with s the factor that the loss was multipli
 from __future__ import annotations
 
 import enum
+import math
 import numbers
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 EMA = "param_ema"
@@ -50,7 +53,7 @@ class StepOptions:
     ema_decay: float | None = None
     zero_grads: bool = False
     telemetry: bool = False
-    norm_process_groups: tuple[Any, ...] = ()
+    norm_process_groups: Sequence[Any] = ()
     grad_scale: float = 1.0
 
     @property
@@ -72,15 +75,28 @@ class StepOptions:
         if not isinstance(self.max_grad_norm, Tensor):
             _check_number("max_grad_norm", self.max_grad_norm, "a number > 0", lambda x: x > 0)
         _check_number("ema_decay", self.ema_decay, "a number in [0, 1)", lambda x: 0 <= x < 1)
-        if self.grad_scale == 0.0:
-            raise ValueError("grad_scale: found 0, accepted: a number other than 0")
+        if not 0 < self.grad_scale < math.inf:
+            raise ValueError(f"grad_scale: found {self.grad_scale}, accepted: a finite number > 0")
         for name in ("skip_nonfinite", "zero_grads", "telemetry"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name}: found {getattr(self, name)!r}, accepted: True or False")
+        groups = self.norm_process_groups
+        if not isinstance(groups, tuple | list) or not all(map(_is_process_group, groups)):
+            raise TypeError(
+                f"norm_process_groups: found {groups!r}, accepted: a sequence of "
+                "torch.distributed process groups"
+            )
         return self
 
 
 PLAIN = StepOptions()
+
+
+@torch.no_grad()
+def zero(grads: list[Tensor]) -> None:
+    """Zeroes gradients, which may be none at all, or part of a graph."""
+    if grads:
+        torch._foreach_zero_(grads)
 
 
 def _check_number(name: str, value: Any, accepted: str, accepts: Any) -> None:
@@ -90,6 +106,10 @@ def _check_number(name: str, value: Any, accepted: str, accepts: Any) -> None:
         raise TypeError(f"{name}: found {value!r}, accepted: None or {accepted}")
     if not accepts(float(value)):
         raise ValueError(f"{name}: found {value!r}, accepted: None or {accepted}")
+
+
+def _is_process_group(value: Any) -> bool:
+    return torch.distributed.is_available() and isinstance(value, torch.distributed.ProcessGroup)
 
 
 def one_number(name: str, value: Any) -> float:

@@ -2,7 +2,7 @@
 
 A problem is a rule, its param groups and a list of parameters. All its arrays lie in one piece of
 memory for each dtype, with guard bytes in between, so that comparing the pieces compares every
-array, every gradient (which nobody may write) and every byte around them.
+array, every gradient (which nobody may write but to zero it) and every byte around them.
 """
 
 from __future__ import annotations
@@ -21,7 +21,9 @@ from numpy.typing import NDArray
 from fused_adamw import _C, reference
 from fused_adamw.engines import Engine, engine_for
 from fused_adamw.engines.triton import interpreted, unavailable_reason
+from fused_adamw.measurements import Measurements
 from fused_adamw.registration import Member, RegisteredList
+from fused_adamw.whole_step import EMA, PLAIN, Outcome, StepOptions
 
 Array: TypeAlias = NDArray[Any]
 Format: TypeAlias = tuple[str, str, str]  # dtypes of param, grad, states
@@ -287,9 +289,9 @@ class Parameter:
         numel: number of elements.
         dtypes: of the parameter, its gradient and its states.
         group: index of its param group.
-        step: steps it has taken before.
-        offsets: by how many elements param, states and gradients, in this order and from the start
-            again, lie off a 64-byte boundary.
+        step: steps it has taken before; after none, its average begins with the first.
+        offsets: by how many elements param, states, gradients and average, in this order and from
+            the start again, lie off a 64-byte boundary.
         has_grad: whether it has a gradient.
     """
 
@@ -327,6 +329,7 @@ class Problem:
         draw: draws the values.
         seed: of the values.
         gradients: how many gradients each parameter has; the steps take them in turn.
+        options: what steps do beside their rule.
     """
 
     rule: Rule
@@ -335,6 +338,7 @@ class Problem:
     draw: Draw = draw_normal
     seed: int = 0
     gradients: int = 1
+    options: StepOptions = PLAIN
     slots: list[dict[str, Slot]] = field(init=False)
     memory: dict[str, torch.Tensor] = field(init=False)
 
@@ -355,6 +359,8 @@ class Problem:
         dtypes = {"param": param}
         dtypes |= dict.fromkeys(self.rule.states(self.groups[parameter.group]), state)
         dtypes |= {f"grad {k}": grad for k in range(self.gradients)}
+        if self.options.ema_decay is not None:
+            dtypes[EMA] = F32
         slots = {}
         for (name, dtype), offset in zip(
             dtypes.items(), itertools.cycle(parameter.offsets), strict=False
@@ -389,6 +395,8 @@ class State:
             for parameter in problem.parameters
         ]
         self.taken = 0
+        self.averaged = [parameter.step > 0 for parameter in problem.parameters]
+        self.measurements = Measurements()
         self._grads = [
             [
                 self._tensor(slots[f"grad {k}"]) if parameter.has_grad else None
@@ -401,12 +409,15 @@ class State:
     def registered(self) -> RegisteredList:
         """The list as the library keeps it."""
         members = []
+        averages = self.problem.options.ema_decay is not None
         for i, (parameter, slots) in enumerate(
             zip(self.problem.parameters, self.problem.slots, strict=True)
         ):
             names = self.problem.rule.states(self.problem.groups[parameter.group])
             state: dict[str, Any] = {name: self._tensor(slots[name]) for name in names}
             rule = self.problem.rule
+            if averages:
+                state[EMA] = self._tensor(slots[EMA])
             if rule.counts:
                 state["step"] = self.steps[i]
             if rule.scalar is not None:
@@ -420,9 +431,11 @@ class State:
                 counts=rule.counts,
                 scalar=rule.scalar,
                 fresh=parameter.step == 0,
+                averaged=averages,
+                unaveraged=not self.averaged[i],
             )
             members.append(member)
-        return RegisteredList(members, "auto")
+        return RegisteredList(members, "auto", averages)
 
     def _tensor(self, slot: Slot) -> torch.Tensor:
         bits = self.memory[slot.dtype][slot.begin : slot.begin + slot.numel]
@@ -430,43 +443,82 @@ class State:
 
     def gather(self, groups: Sequence[Group] | None = None) -> list[_C.Hyperparameters]:
         """Fills the buckets for the next step."""
-        hyperparameters = [
+        hyperparameters = self._hyperparameters(groups)
+        assert self.registered.native.gather(hyperparameters, self._grads_of_step())
+        return hyperparameters
+
+    def _hyperparameters(self, groups: Sequence[Group] | None) -> list[_C.Hyperparameters]:
+        return [
             self.problem.rule.hyperparameters(**group)
             for group in (self.problem.groups if groups is None else groups)
         ]
-        grads = self._grads[self.taken % len(self._grads)]
-        assert self.registered.native.gather(hyperparameters, grads)
-        return hyperparameters
+
+    def _grads_of_step(self) -> list[torch.Tensor | None]:
+        return self._grads[self.taken % len(self._grads)]
 
     def step(self, engine: Engine, groups: Sequence[Group] | None = None) -> None:
         """One step by an engine; `groups` replaces the problem's hyperparameters."""
-        hyperparameters = self.gather(groups)
-        for bucket in self.registered.native.buckets():
-            engine.update(bucket, hyperparameters)
-            self.registered.native.commit(bucket)
+        self.registered._engine = lambda bucket: engine
+        outcome = self.registered.step(
+            self._hyperparameters(groups),
+            self._grads_of_step(),
+            options=self.problem.options,
+            measurements=self.measurements,
+        )
+        assert outcome is not Outcome.STALE
         self.taken += 1
 
     def step_by_reference(self, groups: Sequence[Group] | None = None) -> None:
         """One step by the float32 reference, with nothing of the library's between; host only."""
-        rule = self.problem.rule
+        rule, options = self.problem.rule, self.problem.options
         groups = self.problem.groups if groups is None else groups
+        grad_name = f"grad {self.taken % self.problem.gradients}"
+        norm, grad_factor = self._clipped(grad_name)
+        if options.measures_norm:
+            self.measurements.grad_norm = torch.tensor(norm, dtype=torch.float32)
+        skipped = options.skip_nonfinite and not np.isfinite(norm)
         for i, (parameter, slots) in enumerate(
             zip(self.problem.parameters, self.problem.slots, strict=True)
         ):
             if not parameter.has_grad:
                 continue
+            grad = self.read(i, grad_name)
+            if options.zero_grads:
+                array(self.memory, slots[grad_name])[...] = 0
+            if skipped:
+                continue
             group = groups[parameter.group]
             written = ("param", *rule.states(group))
             param, *states = (self.read(i, name) for name in written)
-            grad = self.read(i, f"grad {self.taken % self.problem.gradients}")
             step, scalar = int(self.steps[i]) + 1, float(self.scalars[i])
             position = rule.position(step, scalar)
-            updated = reference.update(rule.name, param, grad, *states, **position, **group)
+            updated = reference.update(
+                rule.name, param, grad, *states, grad_factor=grad_factor, **position, **group
+            )
             for name, values in zip(written, updated, strict=True):
                 array(self.memory, slots[name])[...] = reference.store(values, slots[name].dtype)
             self.steps[i].fill_(step)
             self.scalars[i].fill_(rule.carry(scalar, step, group))
+            if options.ema_decay is not None:
+                weight = 1.0 - options.ema_decay if self.averaged[i] else 1.0
+                ema, stored = self.read(i, EMA), self.read(i, "param")
+                array(self.memory, slots[EMA])[...] = reference.ema(ema, stored, weight)
+            self.averaged[i] = True
         self.taken += 1
+
+    def _clipped(self, grad_name: str) -> reference.Clipped:
+        """The norm of the gradients of that name, if it is measured, and the factor of each."""
+        options = self.problem.options
+        if not options.measures_norm:
+            return reference.clip([], None, options.grad_scale)
+        partials: list[list[Array]] = [[np.zeros(0)] for _ in self.problem.groups]
+        for parameter, slots in zip(self.problem.parameters, self.problem.slots, strict=True):
+            if parameter.has_grad:
+                slot = slots[grad_name]
+                grad = array(self.memory, slot)
+                partials[parameter.group].append(reference.squared_norm_partials(grad, slot.dtype))
+        squares = [reference.squared_norm(np.concatenate(of_group)) for of_group in partials]
+        return reference.clip(squares, options.max_grad_norm, options.grad_scale)
 
     def read(self, index: int, name: str) -> NDArray[np.float32]:
         """One array of a parameter, widened: "param", a state's name or "grad 0"."""
@@ -516,6 +568,11 @@ def differences(expected: State, found: State) -> list[str]:
         ):
             if there and values[i] != found_values[i]:
                 lines.append(f"{name} of {problem.name(i)}: {found_values[i]}, not {values[i]}")
+    norm, found_norm = (state.measurements.grad_norm for state in (expected, found))
+    if (norm is None) != (found_norm is None) or not (
+        norm is None or found_norm is None or same_bits(norm, found_norm)
+    ):
+        lines.append(f"grad_norm: {found_norm}, not {norm}")
     return lines
 
 

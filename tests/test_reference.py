@@ -677,12 +677,14 @@ def test_engine_updates_memory_in_place(
         numels=np.array(numels),
         groups=np.array(groups),
         steps=np.array(steps),
+        chunks=np.array([0, 1, 1]),
         scalars=np.zeros(len(steps)),
         rows=np.array(rows, np.int32),
         # The rule's own are computed anew.
         coefficients=np.array([[np.nan, *row] for row in factors], np.float32),
         emas=np.array([a.ctypes.data if a.size else 0 for a in averages if whole], np.int64),
         zero_grads=whole,
+        observed=0,
     )
     by_group = [
         {**LOUD, "decay": "lr", "maximize": False},

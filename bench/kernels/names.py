@@ -41,8 +41,8 @@ class Kernel:
         """Reads `space::kernel<space::Rule<option, ...>, space::Storage>`.
 
         Every template argument may be missing. The storage is `Uniform<type>`, which all arrays
-        have, or `Mixed`; a bool says whether the kernel is of a whole step; the first other argument
-        is the rule, and what more there may be counts as an option.
+        have, or `Mixed`; a bool says whether the kernel is of a whole step; the first other
+        argument is the rule, and what more there may be counts as an option.
         """
         bare = re.sub(r"\([\w:]+\)|\w+::|^void |\s", "", demangled)  # 2 of (Decay)2
         function, arguments = _split(bare)

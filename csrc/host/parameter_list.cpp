@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <limits>
 #include <tuple>
 
 #include "core/float_environment.h"
@@ -337,7 +338,9 @@ void ParameterList::count_chunks(const Entry& entry) {
   chunks_ += count;
 }
 
+// A NaN is made the usual one: another's payload could round to a number, see [note: pairs].
 void ParameterList::set_grad_factor(float factor) {
+  if (std::isnan(factor)) factor = std::numeric_limits<float>::quiet_NaN();
   for (const auto& bucket : buckets_) {
     for (int row = 0; row < bucket->rows(); ++row) bucket->pass(row).grad_factor = factor;
   }
@@ -439,16 +442,19 @@ void* ParameterList::read_gradient(const Entry& entry, PyObject* grad, Dtype& dt
          "has a gradient of dtype " + dtype_name(grad) + "; accepted: float32, bfloat16, float16");
   }
   if (!same_strides(entry, tensor)) {
-    const py::object copy = registration_.restride(py::handle(grad), py::handle(entry.param));
-    if (options_.zero_grads && !is_dense(tensor.ndim, tensor.shape, tensor.strides)) {
-      fail(PyExc_ValueError, entry,
-           "has a gradient with strides " + shape_name(tensor.ndim, tensor.strides) +
-               " for shape " + shape_of(entry) +
-               "; accepted with zero_grads: dense memory without gaps or overlap");
+    if (options_.zero_grads) {
+      if (!is_dense(tensor.ndim, tensor.shape, tensor.strides)) {
+        fail(PyExc_ValueError, entry,
+             "has a gradient with strides " + shape_name(tensor.ndim, tensor.strides) +
+                 " for shape " + shape_of(entry) +
+                 "; accepted with zero_grads: dense memory without gaps or overlap");
+      }
+      check_gradient_memory(entry, address(tensor), dtype);  // the copy's is checked by the caller
+      restrided_.append(py::handle(grad));
     }
+    const py::object copy = registration_.restride(py::handle(grad), py::handle(entry.param));
     if (!view(copy.ptr(), tensor)) throw py::error_already_set();
     temporaries_.append(copy);
-    if (options_.zero_grads) restrided_.append(py::handle(grad));
   }
   return address(tensor);
 }

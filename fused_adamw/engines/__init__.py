@@ -31,12 +31,14 @@ class Engine(NamedTuple):
         fold: adds them up for each param group, on the device; None where nothing is worked out
             there.
         tick: works out coefficients and decisions on the device; likewise.
+        observes: whether `update` writes the observations of a bucket that asks for them.
     """
 
     update: Callable[[_C.Bucket, Sequence[_C.Hyperparameters]], object]
     square_sums: Callable[[_C.Bucket, Tensor], object]
     fold: Callable[[_C.FoldArguments, _C.Bucket], object] | None = None
     tick: Callable[[_C.TickArguments, _C.Bucket], object] | None = None
+    observes: bool = True
 
 
 _CPU = Engine(
@@ -58,6 +60,7 @@ _TRITON = Engine(
     lambda bucket, partials: _C.in_default_float_environment(
         lambda: triton.square_sums(bucket, partials)
     ),
+    observes=False,
 )
 _REFERENCE = Engine(
     lambda bucket, hyperparameters: _C.in_default_float_environment(

@@ -18,7 +18,7 @@ from fused_adamw import reference
 
 def _view(address: int, numel: int, dtype: str) -> NDArray[Any]:
     """A writable array over ``numel`` elements of memory that someone else owns."""
-    storage: np.dtype[Any] = np.dtype(reference.STORAGE_DTYPES[dtype])
+    storage: np.dtype[Any] = np.dtype(reference.STORAGE_DTYPES.get(dtype, dtype))
     memory = (ctypes.c_byte * (numel * storage.itemsize)).from_address(address)
     return np.frombuffer(memoryview(memory), storage)
 
@@ -33,7 +33,9 @@ def run(bucket: Any, hyperparameters: Sequence[Any]) -> None:
             float32 averages of the params, or nothing; ``numels``, ``groups``, ``rows`` and
             ``steps`` are integers [tensors], ``scalars`` [tensors] what the rule carries; each row
             of ``coefficients`` ends with the gradient's factor and the weight of the average;
-            ``zero_grads`` says whether the gradients are zeroed.
+            ``zero_grads`` says whether the gradients are zeroed; ``observed`` is the address of
+            what `reference.observed` has of each chunk of the list, whose places are in ``chunks``
+            [tensors], or 0.
         hyperparameters: for each param group, which ``bucket.groups`` are indices of, an object
             with the name of its ``rule`` and the ``values`` by name.
     """
@@ -42,9 +44,9 @@ def run(bucket: Any, hyperparameters: Sequence[Any]) -> None:
     dtypes = (bucket.param_dtype, bucket.grad_dtype, *[state_dtype] * (slots - 2))
     averages = bucket.emas if len(bucket.emas) else [None] * len(bucket.numels)
     shared = bucket.coefficients[bucket.rows, -2:]
-    columns = (bucket.addresses, averages, bucket.numels, bucket.groups, bucket.steps)
-    for addresses, average, numel, group, step, scalar, (grad_factor, ema_weight) in zip(
-        *columns, bucket.scalars, shared, strict=True
+    columns = (bucket.addresses, averages, bucket.numels, bucket.chunks, bucket.groups)
+    for addresses, average, numel, chunk, group, step, scalar, (grad_factor, ema_weight) in zip(
+        *columns, bucket.steps, bucket.scalars, shared, strict=True
     ):
         if numel == 0:  # such a tensor may have a null address
             continue
@@ -63,6 +65,10 @@ def run(bucket: Any, hyperparameters: Sequence[Any]) -> None:
         param, grad, *states = zip(views, dtypes, strict=True)
         for (view, dtype), array in zip([param, *states], updated, strict=True):
             view[...] = reference.store(array, dtype)
+        if bucket.observed:
+            found = reference.observed(values[1], values[0], reference.load(*param))
+            at = bucket.observed + 8 * found.shape[1] * int(chunk)
+            _view(at, found.size, "float64").reshape(found.shape)[...] = found
         if average is not None:
             ema = _view(int(average), int(numel), "float32")
             ema[...] = reference.ema(ema, reference.load(*param), ema_weight)
@@ -74,7 +80,7 @@ def square_sums(bucket: Any, partials: NDArray[np.float64]) -> None:
     """Writes the sums of squares of the gradients' chunks.
 
     Args:
-        bucket: see `run`; ``chunks`` [tensors] has the place of each gradient's first chunk.
+        bucket: see `run`.
         partials: [chunks of the list, 1].
     """
     dtype = bucket.grad_dtype
