@@ -15,6 +15,7 @@ from bench.contenders import Contender, Started, start_ours
 from bench.peers import Peer
 from bench.rules import Rule
 from bench.tasks import Task
+from bench.timing import Call
 
 # How far, relative to it, others' norms may be off. They are sums of float32: torch's on a CPU, of
 # 64M elements, is short of half a percent. Ours is the exact one's nearest float32.
@@ -54,7 +55,12 @@ class ClipNorm(Task):
         return found
 
     def start_checked(
-        self, contender: Contender, rule: Rule, params: list[Tensor], sample: Sample
+        self,
+        contender: Contender,
+        rule: Rule,
+        params: list[Tensor],
+        sample: Sample,
+        before: Call | None,
     ) -> tuple[Started, Check]:
         started = contender.start(params)
         _set_first(params, 1.0)

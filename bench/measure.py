@@ -77,9 +77,7 @@ class HostTimes:
                 step()
             first = time_block(step, 1, cpu, before).wall
             blocks, repeats = (1, 1) if first > 0.1 else (5, max(1, int(5e-3 / first)))
-            samples = [
-                time_block(step, repeats, cpu, before).wall / repeats for _ in range(blocks)
-            ]
+            samples = [time_block(step, repeats, cpu, before).wall / repeats for _ in range(blocks)]
             self._known[key] = median(samples)
         return self._known[key]
 
@@ -162,7 +160,7 @@ class Measurement:
                 row.give_up(FAILED, lineup.crashed[contender.name])
                 continue
             try:
-                call = self._start(result, contender, row, lists, sample)
+                call = self._start(result, contender, row, lists, sample, found.before)
                 if call is not None:
                     self._warm_up(row, call, device, found.before)
                     found.calls[row.name] = call
@@ -193,6 +191,7 @@ class Measurement:
         row: Row,
         lists: Sequence[list[Tensor]],
         sample: Sample,
+        before: Call | None,
     ) -> Call | None:
         """Starts a contender on every copy of the list; its step, or None if it is not timed."""
         rule, device, task = result.rule, result.device, result.case.task
@@ -201,7 +200,7 @@ class Measurement:
                 LEFT_OUT, f"{contender.why_most}; tried for at most {contender.most_tensors}"
             )
             return None
-        started, row.check = task.start_checked(contender, rule, lists[0], sample)
+        started, row.check = task.start_checked(contender, rule, lists[0], sample, before)
         if not row.check.passed:
             row.give_up(DIFFERENT, row.check)
             return None

@@ -51,9 +51,22 @@ class Task:
         return None
 
     def start_checked(
-        self, contender: Contender, rule: Rule, params: list[Tensor], sample: Sample
+        self,
+        contender: Contender,
+        rule: Rule,
+        params: list[Tensor],
+        sample: Sample,
+        before: Call | None,
     ) -> tuple[Started, Check]:
-        """Starts a contender, and finds out whether it computes what it should."""
+        """Starts a contender, and finds out whether it computes what it should.
+
+        Args:
+            contender: whom to start.
+            rule: of the update.
+            params: on what.
+            sample: of them.
+            before: what this task's `before` returned for them.
+        """
         return start_checked(contender, params, sample, partial(start_ours, rule, "reference"))
 
     def array_bytes(self, rule: Rule, dtype: torch.dtype) -> int:

@@ -80,9 +80,7 @@ def in_turns(calls: Sequence[Call]) -> Call:
     return lambda: following()()
 
 
-def time_block(
-    call: Call, repeats: int, device: torch.device, before: Call | None = None
-) -> Block:
+def time_block(call: Call, repeats: int, device: torch.device, before: Call | None = None) -> Block:
     """The times that `repeats` calls take, without the garbage collector.
 
     Several calls come after one that is not timed, which finds the caches as others left them.

@@ -24,7 +24,7 @@ from bench.rules import Rule
 from bench.tasks import Task
 from bench.timing import Call
 
-EMA_DECAY = 0.9
+EMA_DECAY = 0.6  # so small that an average that stands still is seen in bfloat16 too
 GRAD_SCALE = 1024.0
 F32_BYTES = 4
 
@@ -51,6 +51,7 @@ class WholeStep(Task):
     def __init__(self, *, unscales: bool) -> None:
         self.name = "whole-unscale" if unscales else "whole"
         self.unscales = unscales
+        self._scale = GRAD_SCALE if unscales else 1.0
 
     def contenders(
         self, rule: Rule, dtype: torch.dtype, engines: list[str], peers: Sequence[Peer]
@@ -74,9 +75,7 @@ class WholeStep(Task):
             if peer.kind not in ("fused", "foreach"):
                 continue
             start = partial(self._start_torch, rule, peer.kind, _clip)
-            found.append(
-                Contender(peer.name, start, moved_besides=clipped, kept_besides=kept)
-            )
+            found.append(Contender(peer.name, start, moved_besides=clipped, kept_besides=kept))
             if peer.kind == "fused":
                 start = partial(self._start_torch, rule, peer.kind, _fold)
                 moved = _FOLDED * dtype.itemsize + average
@@ -86,22 +85,29 @@ class WholeStep(Task):
 
     def before(self, params: Sequence[Tensor]) -> Call:
         grads = _grads(params)
-        kept = [grad.clone() for grad in grads]
+        kept = [grad * self._scale for grad in grads]
         return lambda: torch._foreach_copy_(grads, kept)
 
     def start_checked(
-        self, contender: Contender, rule: Rule, params: list[Tensor], sample: Sample
+        self,
+        contender: Contender,
+        rule: Rule,
+        params: list[Tensor],
+        sample: Sample,
+        before: Call | None,
     ) -> tuple[Started, Check]:
         """The reference, which has a sample of the gradients only, is told their norm's factor."""
+        assert before is not None
+        before()
+        unscaled = norm(params) / self._scale
+        coefficient = min(1.0, self._max_grad_norm(params) / (unscaled + 1e-6))
         rule = _sensitive(rule)
-        scale = GRAD_SCALE if self.unscales else 1.0
-        coefficient = min(1.0, self._max_grad_norm(params) / (norm(params) / scale + 1e-6))
 
         def start_reference(expected: list[Tensor]) -> Started:
             return _with_averages(
                 start_ours(rule, "reference", expected, ema_decay=EMA_DECAY, zero_grads=True),
                 expected,
-                torch.tensor(scale / coefficient, dtype=torch.float64),
+                torch.tensor(self._scale / coefficient, dtype=torch.float64),
             )
 
         return start_checked(
@@ -109,7 +115,7 @@ class WholeStep(Task):
             params,
             sample,
             start_reference,
-            before=self.before(params),
+            before=before,
             slack=0.0 if self.unscales else NORM_ERROR * STEPS * rule.options["lr"],
         )
 
@@ -117,13 +123,17 @@ class WholeStep(Task):
         return super().array_bytes(rule, dtype) + F32_BYTES
 
     def _max_grad_norm(self, params: Sequence[Tensor]) -> float:
-        """A tenth of the norm that the gradients as drawn are expected to have.
+        """A tenth of the norm that the gradients are expected to have, or ten times that norm.
 
-        Clipping hides what scaling does. So that neither may be missing unseen, gradients that are
-        to be unscaled only exceed the limit, then by a hundred times, if they are not.
+        Clipping hides what scaling does. So that neither may be missing unseen, gradients that have
+        a scale exceed the limit, and then by a hundred times, only where they are not unscaled.
         """
         usual = math.sqrt(sum(param.numel() for param in params))
         return 10 * usual if self.unscales else usual / 10
+
+    def _scale_tensor(self, device: torch.device) -> Tensor | None:
+        """As GradScaler keeps it."""
+        return torch.tensor(self._scale, device=device) if self.unscales else None
 
     def _start_ours(self, rule: Rule, engine: str, params: list[Tensor]) -> Started:
         started = start_ours(
@@ -135,7 +145,7 @@ class WholeStep(Task):
             ema_decay=EMA_DECAY,
             zero_grads=True,
         )
-        scale = torch.tensor(GRAD_SCALE, device=params[0].device) if self.unscales else None
+        scale = self._scale_tensor(params[0].device)
         return _with_averages(started, params, scale)
 
     def _start_torch(self, rule: Rule, kind: str, clip: _Clip, params: list[Tensor]) -> Started:
@@ -143,8 +153,9 @@ class WholeStep(Task):
         optimizer: Any = start_torch(rule, params, **{kind: True}).optimizer
         grads = _grads(params)
         limit = self._max_grad_norm(params)
-        scale = torch.tensor(GRAD_SCALE, device=params[0].device) if self.unscales else None
+        scale = self._scale_tensor(params[0].device)
         update_averages, averages = _averaging(params)
+        zero = _zeroing(grads)
 
         @torch.no_grad()
         def step() -> None:
@@ -155,7 +166,7 @@ class WholeStep(Task):
             elif found_inf is None or not found_inf.item():  # as GradScaler does
                 optimizer.step()
             update_averages()
-            torch._foreach_zero_(grads)
+            zero()
 
         return Started(optimizer, step, lambda: averages)
 
@@ -188,6 +199,10 @@ def _fold(
     coefficient = (limit / (total / scale + 1e-6)).clamp(max=1.0)
     optimizer.grad_scale = (scale / coefficient).float()
     return (~total.isfinite()).float()
+
+
+def _zeroing(grads: list[Tensor]) -> Call:
+    return partial(torch._foreach_zero_, grads)
 
 
 def _averaging(params: Sequence[Tensor]) -> tuple[Call, list[Tensor]]:
