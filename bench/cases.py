@@ -1,4 +1,4 @@
-"""What is measured: lists of tensors, and what is aimed at."""
+"""What is measured: lists of tensors, what is done with them, and what is aimed at."""
 
 from __future__ import annotations
 
@@ -9,7 +9,10 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from bench.clip_norm import NORM
 from bench.models import MODELS, Shape, elements
+from bench.tasks import GROUPS, STEP, TELEMETRY, Task
+from bench.whole_step import WHOLE, WHOLE_UNSCALE
 
 CPU, CUDA = "cpu", "cuda"
 K, M = 10**3, 10**6
@@ -52,6 +55,7 @@ class Case:
         aims: by type of device.
         devices: the types of device it is for.
         note: how it differs from what its name says.
+        task: what is timed.
     """
 
     name: str
@@ -62,6 +66,7 @@ class Case:
     aims: Mapping[str, Aim] = field(default_factory=dict)
     devices: tuple[str, ...] = (CPU, CUDA)
     note: str = ""
+    task: Task = STEP
 
     @property
     def tensors(self) -> int:
@@ -150,6 +155,32 @@ LISTS = (
     _equal("2^26-bfloat16", 1, 2**26, BF16, cpu=Aim()),
 )
 
+
+_SIZES = {"64M": (1, 64 * M), "1000x1024": (1000, 1024), "16M": (1, 16 * M), "1M": (1, M)}
+
+
+def _of_task(task: Task, sizes: Iterable[str], dtypes: Iterable[str] = DTYPES) -> list[Case]:
+    """A task on equal tensors, on either device; nothing is aimed at."""
+    cases = []
+    for size in sizes:
+        tensors, numel = _SIZES[size]
+        cases += [
+            Case(f"{size}-{dtype}-{task.name}", ((numel,),) * tensors, DTYPES[dtype], task=task)
+            for dtype in dtypes
+        ]
+    return cases
+
+
+# What a training loop does around an update, and what options of ours cost.
+TASK_CASES = (
+    *_of_task(WHOLE, _SIZES),
+    *_of_task(WHOLE_UNSCALE, _SIZES),
+    *_of_task(NORM, ("64M", "1000x1024"), ["float32"]),
+    *_of_task(TELEMETRY, ("64M", "1000x1024")),
+    *_of_task(GROUPS, ["1000x1024"], ["float32"]),
+)
+TASKS = {case.task.name: case.task for case in TASK_CASES}
+
 MODEL_CASES = tuple(
     Case(f"{name}-{dtype_name}", tuple(model.shapes()), dtype, MODEL)
     for name, model in MODELS.items()
@@ -162,7 +193,7 @@ SCALING = (
     *(Case(f"{n}x1K-float32", ((K,),) * n, F32, BY_TENSORS) for n in (1, 10, 100, K, 10 * K)),
 )
 
-CASES = {case.name: case for case in (*LISTS, *MODEL_CASES, *SCALING)}
+CASES = {case.name: case for case in (*LISTS, *TASK_CASES, *MODEL_CASES, *SCALING)}
 
 
 def select(
@@ -170,6 +201,7 @@ def select(
     names: Iterable[str] = (),
     models: Iterable[str] | None = None,
     dtypes: Iterable[str] = (),
+    tasks: Iterable[str] = (),
 ) -> list[Case]:
     """The cases to measure.
 
@@ -179,17 +211,20 @@ def select(
         models: keys of `MODELS`, none for all of them; `None` if none is asked for. They come in
             float32 unless `dtypes` says otherwise.
         dtypes: keys of `DTYPES` to keep; none for every dtype that was chosen otherwise.
+        tasks: keys of `TASKS`, for all their cases.
 
     Returns:
-        The union of `names` and `models`; without either the lists for the device, the models that
-        are not large, and the scaling plots.
+        The union of `names`, `models` and `tasks`; without any the lists for the device, all tasks,
+        the models that are not large, and the scaling plots.
     """
     wanted = {DTYPES[name] for name in dtypes} or set(DTYPES.values())
     model_dtypes = list(dtypes) or ["float32"]
+    wanted_tasks = set(tasks)
     chosen = [CASES[name] for name in names]
+    chosen += [case for case in TASK_CASES if case.task.name in wanted_tasks]
     asked = list(MODELS) if models is not None and not list(models) else list(models or ())
     if not chosen and not asked:
-        chosen = [case for case in LISTS if device.type in case.devices]
+        chosen = [case for case in (*LISTS, *TASK_CASES) if device.type in case.devices]
         asked = [name for name, model in MODELS.items() if not model.large]
         extra = list(SCALING)
     else:

@@ -7,14 +7,14 @@ and the last element of every tensor, where wrong loops stop early or run over.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from bench.contenders import Contender, Started, start_ours
-from bench.rules import Rule
+from bench.contenders import Contender, Started
+from bench.timing import Call
 
 STEPS = 3
 SAMPLE = 1 << 16  # elements in all, as far as the list has them
@@ -77,29 +77,61 @@ class Sample:
 
     def params(self) -> Tensor:
         """Copies of the parameters there, one after another, in host memory."""
-        return self._take([param.detach() for param in self._params])
+        return self.of([param.detach() for param in self._params])
 
     def grads(self) -> Tensor:
         """Copies of the gradients there."""
-        return self._take([param.grad for param in self._params if param.grad is not None])
+        return self.of([param.grad for param in self._params if param.grad is not None])
 
-    def _take(self, tensors: Sequence[Tensor]) -> Tensor:
+    def of(self, tensors: Sequence[Tensor]) -> Tensor:
+        """Copies of other tensors there, each of the shape of its parameter."""
         pairs = zip(tensors, self._places, strict=True)
         return torch.cat([tensor.view(-1)[places] for tensor, places in pairs]).cpu()
 
 
 def start_checked(
-    contender: Contender, rule: Rule, params: list[Tensor], sample: Sample
+    contender: Contender,
+    params: list[Tensor],
+    sample: Sample,
+    start_reference: Callable[[list[Tensor]], Started],
+    *,
+    before: Call | None = None,
+    slack: float = 0.0,
 ) -> tuple[Started, Check]:
-    """Starts a contender and compares its first steps with the reference's."""
-    expected = sample.params().requires_grad_()
-    expected.grad = sample.grads()
+    """Starts a contender and compares its first steps with the reference's.
+
+    Compared are the parameters, their averages where they are kept, and the gradients.
+
+    Args:
+        contender: whom to start.
+        params: on what.
+        sample: of them.
+        start_reference: starts the reference on a sample of them.
+        before: makes the gradients anew before each step.
+        slack: what the contender may be off by beyond its rounding.
+    """
+    if before is not None:
+        before()
+    expected, grads = sample.params().requires_grad_(), sample.grads()
     started = contender.start(params)
     for _ in range(STEPS):
+        if before is not None:
+            before()
         started.step()
-    reference = start_ours(rule, "reference", [expected])
+    expected.grad = torch.empty_like(grads)
+    reference = start_reference([expected])
     for _ in range(STEPS):
+        expected.grad.copy_(grads)
         reference.step()
-    found, wanted = sample.params().double(), expected.detach().double()
-    error = ((found - wanted).abs() / wanted.abs().clamp(min=1.0)).max().item()
-    return started, Check(error, 0.0 if contender.ours else TOLERANCE[params[0].dtype])
+    pairs = [
+        (sample.params(), expected.detach()),
+        (sample.grads(), expected.grad),
+        *((sample.of(started.averages()), average) for average in reference.averages()),
+    ]
+    # Of tensors: a NaN is the largest.
+    errors = [
+        ((found.double() - wanted).abs() / wanted.double().abs().clamp(min=1.0)).max()
+        for found, wanted in pairs
+    ]
+    tolerance = 0.0 if contender.ours else TOLERANCE[params[0].dtype] + slack
+    return started, Check(torch.stack(errors).max().item(), tolerance)

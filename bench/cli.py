@@ -17,8 +17,8 @@ from rich.console import Console
 
 import fused_adamw
 from bench import picture, report
-from bench.cases import CASES, CUDA, DTYPES, Case, select
-from bench.contenders import Contender, our_engines, ours
+from bench.cases import CASES, CUDA, DTYPES, TASKS, Case, select
+from bench.contenders import Contender, our_engines
 from bench.environment import describe
 from bench.measure import Lineup, Measurement, Settings
 from bench.models import MODELS
@@ -28,6 +28,7 @@ from bench.results import DIFFERENT, FAILED, Result
 from bench.rules import RULES, Rule
 from bench.screen import Screen
 from bench.tables import cases_table, scaling_tables
+from bench.tasks import STEP
 
 QUICK = Settings(rounds=3, block_seconds=0.01, most_elements=10**6)
 ENGINES = ("cpu", "cuda", "triton", "reference")
@@ -52,6 +53,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         ("--peer", ("none", *PEERS), "those that are installed"),
         ("--dtype", DTYPES, "all"),
         ("--case", CASES, "those for the device, models that are not large, scaling plots"),
+        ("--task", TASKS, "all, where no case is named; with a name, its cases"),
     ):
         add(option, **several, choices=known, help=f"{', '.join(known)}; default: {default}")
     add(
@@ -135,7 +137,13 @@ class Bench:
         self.settings = _settings(options)
         self.engines = list(options.engine or our_engines(self.device))
         self.rules = [RULES[name] for name in dict.fromkeys(options.rule or ["adamw"])]
-        self.cases = select(self.device, options.case or (), options.models, options.dtype or ())
+        self.cases = select(
+            self.device,
+            options.case or (),
+            options.models,
+            options.dtype or (),
+            options.task or (),
+        )
         asked = dict.fromkeys(options.peer or PEERS)
         self.left_out = [
             name for name in asked if options.quick and not options.peer and PEERS[name].compiles
@@ -166,13 +174,15 @@ class Bench:
     def lineup(self, rule: Rule, case: Case, on_status: Callable[[str], object]) -> Lineup:
         """Who takes part in a case; third-party peers are tried in another process before."""
         peers = [peer for peer in self.peers if peer.has(rule)]
-        contenders = [*ours(rule, self.engines), *(peer.contender(rule) for peer in peers)]
+        contenders = case.task.contenders(rule, case.dtype, self.engines, peers)
+        taking_part = {contender.name for contender in contenders}
         crashed = {}
         for peer in peers:
-            how = self._crash(peer, rule, case, on_status)
+            how = self._crash(peer, rule, case, on_status) if peer.name in taking_part else None
             if how is not None:
                 crashed[peer.name] = how
-        graphs = _graphs(rule, contenders) if self.device.type == CUDA else []
+        of_step = self.device.type == CUDA and case.task is STEP
+        graphs = _graphs(rule, contenders) if of_step else []
         return Lineup(contenders, graphs, crashed)
 
     def _crash(

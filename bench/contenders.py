@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,10 +20,19 @@ ENGINES = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}
 
 
 class Started(NamedTuple):
-    """An optimizer over some parameters, and the call that is its step."""
+    """An optimizer over some parameters, and the call that is timed.
 
-    optimizer: Optimizer
+    Attributes:
+        optimizer: with the states; None where a function is timed that belongs to none.
+        step: the call.
+        averages: the averages of the parameters, where the step keeps them.
+        grad_norm: what it found the norm of the gradients to be, where that is what it is for.
+    """
+
+    optimizer: Optimizer | None
     step: Callable[[], object]
+    averages: Callable[[], list[Tensor]] = list
+    grad_norm: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -37,6 +46,8 @@ class Contender:
         most_tensors: the longest list it is measured on, if there is a bound.
         why_most: the reason for the bound.
         state_itemsize: bytes of an element of its states, if not those of the parameter.
+        moved_besides, kept_besides: bytes that it moves and keeps for each parameter beyond the
+            parameter, the gradient and the states that its optimizer has.
     """
 
     name: str
@@ -45,11 +56,13 @@ class Contender:
     most_tensors: int | None = None
     why_most: str = ""
     state_itemsize: int | None = None
+    moved_besides: int = 0
+    kept_besides: int = 0
 
 
-def start_ours(rule: Rule, engine: str, params: list[Tensor]) -> Started:
-    """Our optimizer on one engine."""
-    optimizer = getattr(fused_adamw, rule.ours)(params, engine=engine, **rule.options)
+def start_ours(rule: Rule, engine: str, params: list[Tensor], **options: Any) -> Started:
+    """Our optimizer on one engine, with options that it has beside the rule's."""
+    optimizer = getattr(fused_adamw, rule.ours)(params, engine=engine, **rule.options, **options)
     return Started(optimizer, optimizer.step)
 
 

@@ -19,6 +19,7 @@ def bytes_per_param(started: Started, rule: Rule, params: Sequence[Tensor]) -> f
     The parameter and every state of its shape are read and written once, the gradient is read.
     Where an optimizer keeps states as something else than tensors, those of the rule are counted.
     """
+    assert started.optimizer is not None
     total = elements = 0
     for param in params:
         state = started.optimizer.state[param]

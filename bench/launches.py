@@ -15,21 +15,25 @@ from bench.footprint import silence
 from fused_adamw import _C
 
 
-def count_launches(started: Started, ours: bool, device: torch.device) -> int | None:
+def count_launches(
+    started: Started, ours: bool, device: torch.device, *, norms: int = 0, updates: int = 1
+) -> int | None:
     """Kernels on a GPU, parallel regions of ours on a CPU; None where that cannot be known.
 
     Args:
         started: an optimizer that has stepped; it makes one step more.
         ours: whether it is one of our engines.
         device: where its tensors are.
+        norms, updates: how often a step of ours goes through its lists for either.
     """
     optimizer: Any = started.optimizer
     if ours and getattr(optimizer, "engine", None) in ("cpu", "cuda"):
         started.step()  # registers the list, if someone has read the state since
         buckets = optimizer._registered.native.buckets()
         if device.type == "cpu":
-            return len(buckets)
-        return sum(map(_C.count_cuda_launches, buckets))
+            return (norms + updates) * len(buckets)
+        if not norms:
+            return updates * sum(map(_C.count_cuda_launches, buckets))
     return _kernels(started) if device.type == "cuda" else None
 
 

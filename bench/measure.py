@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from bench.cases import CUDA, SCALING_KINDS, Case, draw, make_params
-from bench.check import Sample, start_checked
+from bench.check import Sample
 from bench.contenders import Contender, Started
 from bench.footprint import bytes_per_param, extra_bytes
 from bench.launches import count_launches
@@ -58,27 +58,43 @@ class Lineup:
 class HostTimes:
     """Host time on a CPU: that of a step over as many tensors, of one element each.
 
-    What is left when there is next to nothing to compute. It depends on the number of tensors alone
-    and is measured once for each.
+    What is left when there is next to nothing to compute. Of a task, it depends on the number of
+    tensors alone and is measured once for each.
     """
 
     def __init__(self) -> None:
-        self._known: dict[tuple[str, str, int, torch.dtype], float] = {}
+        self._known: dict[tuple[str, str, str, int, torch.dtype], float] = {}
 
     def seconds(self, contender: Contender, rule: Rule, case: Case) -> float:
         """Of a step; the median of a few blocks."""
-        key = contender.name, rule.name, case.tensors, case.dtype
+        key = case.task.name, contender.name, rule.name, case.tensors, case.dtype
         if key not in self._known:
             cpu = torch.device("cpu")
             ones = Case(case.name, ((1,),) * case.tensors, case.dtype)
-            step = contender.start(make_params(ones, cpu)).step
+            params = make_params(ones, cpu)
+            step, before = contender.start(params).step, case.task.before(params)
             for _ in range(3):
                 step()
-            first = time_block(step, 1, cpu).wall
+            first = time_block(step, 1, cpu, before).wall
             blocks, repeats = (1, 1) if first > 0.1 else (5, max(1, int(5e-3 / first)))
-            samples = [time_block(step, repeats, cpu).wall / repeats for _ in range(blocks)]
+            samples = [time_block(step, repeats, cpu, before).wall / repeats for _ in range(blocks)]
             self._known[key] = median(samples)
         return self._known[key]
+
+
+@dataclass
+class _Calls:
+    """What is to be timed.
+
+    Attributes:
+        before: called before each, if anything is.
+        calls: by the names of the contenders.
+        keep: what they need alive.
+    """
+
+    before: Call | None
+    calls: dict[str, Call] = field(default_factory=dict)
+    keep: list[Started] = field(default_factory=list)
 
 
 @dataclass
@@ -107,9 +123,9 @@ class Measurement:
         if result.skipped:
             return
         try:
-            calls, _keep = self._start_all(result, lineup)
-            if calls:
-                self._time(result, calls)
+            started = self._start_all(result, lineup)
+            if started.calls:
+                self._time(result, started)
         finally:
             torch.compiler.reset()
             gc.collect()
@@ -128,15 +144,14 @@ class Measurement:
 
     # --- Starting --------------------------------------------------------------------------------
 
-    def _start_all(self, result: Result, lineup: Lineup) -> tuple[dict[str, Call], list[Started]]:
-        """Rows for everyone; the calls of those to time, and what the calls need alive."""
+    def _start_all(self, result: Result, lineup: Lineup) -> _Calls:
+        """Rows for everyone, and the calls of those to time."""
         rule, case, device = result.rule, result.case, result.device
         self.on_status("drawing numbers")
         number = copies(case, rule, device)
         lists = [make_params(case, device, seed) for seed in range(number)]
         sample = Sample(lists[0])
-        calls: dict[str, Call] = {}
-        keep: list[Started] = []
+        found = _Calls(case.task.before(lists[0]))
         for contender in lineup.contenders:
             self.on_status(f"starting {contender.name}")
             row = Row(contender.name, contender.ours)
@@ -145,10 +160,10 @@ class Measurement:
                 row.give_up(FAILED, lineup.crashed[contender.name])
                 continue
             try:
-                call = self._start(result, contender, row, lists, sample)
+                call = self._start(result, contender, row, lists, sample, found.before)
                 if call is not None:
-                    self._warm_up(row, call, device)
-                    calls[row.name] = call
+                    self._warm_up(row, call, device, found.before)
+                    found.calls[row.name] = call
             except Exception as error:
                 row.give_up(FAILED, error)
             if row.status in (DIFFERENT, FAILED):  # and may have left anything in the tensors
@@ -161,13 +176,13 @@ class Measurement:
             try:
                 started, replay = _captured(contender, lists[0])
                 row.bytes_per_param = bytes_per_param(started, rule, lists[0])
-                self._warm_up(row, replay, device)
+                self._warm_up(row, replay, device, found.before)
             except Exception as error:
                 row.give_up(LEFT_OUT, error)
             else:
-                calls[row.name] = replay
-                keep.append(started)
-        return calls, keep
+                found.calls[row.name] = replay
+                found.keep.append(started)
+        return found
 
     def _start(
         self,
@@ -176,41 +191,50 @@ class Measurement:
         row: Row,
         lists: Sequence[list[Tensor]],
         sample: Sample,
+        before: Call | None,
     ) -> Call | None:
         """Starts a contender on every copy of the list; its step, or None if it is not timed."""
-        rule, device = result.rule, result.device
+        rule, device, task = result.rule, result.device, result.case.task
         if contender.most_tensors is not None and len(lists[0]) > contender.most_tensors:
             row.give_up(
                 LEFT_OUT, f"{contender.why_most}; tried for at most {contender.most_tensors}"
             )
             return None
-        started, row.check = start_checked(contender, rule, lists[0], sample)
+        started, row.check = task.start_checked(contender, rule, lists[0], sample, before)
         if not row.check.passed:
             row.give_up(DIFFERENT, row.check)
             return None
         others = [contender.start(params) for params in lists[1:]]
         for other in others:
             other.step()
-        row.bytes_per_param = bytes_per_param(started, rule, lists[0])
-        row.launches = count_launches(started, contender.ours, device)
+        row.bytes_per_param = task.bytes_per_param(started, contender, rule, lists[0])
+        row.launches = count_launches(
+            started, contender.ours, device, norms=task.norms, updates=task.updates
+        )
         row.extra_bytes = extra_bytes(started, device)
         if device.type != CUDA and contender.most_tensors is None:
             row.host_seconds = self._hosts.seconds(contender, rule, result.case)
         return in_turns([one.step for one in (started, *others)])
 
-    def _warm_up(self, row: Row, call: Call, device: torch.device) -> None:
-        row.series = Series(warm_up(call, device, self.settings.block_seconds))
+    def _warm_up(self, row: Row, call: Call, device: torch.device, before: Call | None) -> None:
+        row.series = Series(warm_up(call, device, self.settings.block_seconds, before))
 
     # --- Timing ----------------------------------------------------------------------------------
 
-    def _time(self, result: Result, calls: Mapping[str, Call]) -> None:
+    def _time(self, result: Result, started: _Calls) -> None:
         """Times the contenders, and the streams between them."""
-        rule, case, device = result.rule, result.case, result.device
+        rule, case, device, calls = result.rule, result.case, result.device, started.calls
+        before = dict.fromkeys(calls, started.before) if started.before is not None else {}
         series = {row.name: row.series for row in result.rows if row.series is not None}
         result.stream_bytes = stream_bytes(case, rule, device)
         if result.stream_bytes:
             self.on_status("starting the streams")
-            passes = streams(result.stream_bytes, device, copies(case, rule, device))
+            passes = streams(
+                result.stream_bytes,
+                device,
+                copies(case, rule, device),
+                only_reads=case.task.only_reads,
+            )
             for name, call in passes.items():
                 repeats = warm_up(call, device, self.settings.block_seconds)
                 result.streams[name] = Series(repeats)
@@ -219,7 +243,8 @@ class Measurement:
         if case.kind in SCALING_KINDS:
             wanted = max(LEAST_ROUNDS, wanted // 3)
         seconds = sum(
-            time_block(call, series[name].repeats, device).wall for name, call in calls.items()
+            time_block(call, series[name].repeats, device, before.get(name)).wall
+            for name, call in calls.items()
         )
         result.rounds = min(wanted, max(LEAST_ROUNDS, int(CASE_SECONDS / seconds)))
         self.on_status("")
@@ -230,6 +255,7 @@ class Measurement:
                 series,
                 device,
                 result.rounds,
+                before,
                 on_round=self.on_round,
                 on_error=lambda name, error: rows[name].give_up(FAILED, error),
             )

@@ -25,8 +25,8 @@ LEAST_SHARE = 1 / 64
 
 
 def _array_bytes(case: Case, rule: Rule) -> int:
-    """What one optimizer works on: parameters, gradients and states."""
-    return case.elements * case.dtype.itemsize * (2 + rule.states)
+    """What one contender works on: parameters, gradients and states."""
+    return case.elements * case.task.array_bytes(rule, case.dtype)
 
 
 def copies(case: Case, rule: Rule, device: torch.device) -> int:
@@ -45,7 +45,7 @@ def stream_bytes(case: Case, rule: Rule, device: torch.device) -> int:
     """Bytes that a pass of the streams moves; 0 where the case says nothing of the memory."""
     if not from_memory(case, rule, device):
         return 0
-    return min(case.elements * rule.bytes_per_param(case.dtype), MOST_BYTES)
+    return min(case.elements * case.task.stream_bytes(rule, case.dtype), MOST_BYTES)
 
 
 def fitted(
@@ -61,9 +61,12 @@ def fitted(
         return case, ""
     item = case.dtype.itemsize
     lists = copies(case, rule, device)
-    states = sum(rule.states * (contender.state_itemsize or item) for contender in contenders)
-    each = lists * (2 * item + states) + TEMPORARIES * item
-    streams = MEMORY * lists * stream_bytes(case, rule, device)
+    states = sum(
+        rule.states * (contender.state_itemsize or item) + contender.kept_besides
+        for contender in contenders
+    )
+    each = lists * ((1 + case.task.grad_arrays) * item + states) + TEMPORARIES * item
+    streams = (1 if case.task.only_reads else MEMORY) * lists * stream_bytes(case, rule, device)
     needed, room = case.elements * each + streams, SHARE_OF_FREE * free
     if needed <= room:
         return case, ""

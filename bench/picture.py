@@ -9,6 +9,7 @@ from typing import Any
 from bench.cases import BY_ELEMENTS, SCALING_KINDS
 from bench.environment import device_name
 from bench.results import Result
+from bench.tasks import STEP
 from bench.timing import median, spread
 
 # Ours are saturated, the others keep one pale color each throughout the picture.
@@ -103,7 +104,7 @@ def draw(path: Path, results: Sequence[Result]) -> str:
         for kind in SCALING_KINDS
         if any(result.case.kind == kind and result.first for result in results)
     ]
-    bars = [result for result in bars if result.case.kind not in SCALING_KINDS]
+    bars = [r for r in bars if r.case.task is STEP and r.case.kind not in SCALING_KINDS]
     if not bars and not kinds:
         return "nothing to draw: no case runs from memory, and no scaling was measured"
     try:

@@ -38,6 +38,7 @@ def _row(row: Row, result: Result) -> dict[str, Any]:
         "host_seconds": result.host(row),
         "of_limit": result.of_limit(row),
         "ours_times_as_fast": result.ratio(row),
+        "overhead": result.overhead(row),
         "samples": asdict(row.series) if row.series else None,
     }
 
@@ -48,6 +49,7 @@ def as_json(result: Result) -> dict[str, Any]:
     return {
         "rule": result.rule.name,
         "case": case.name,
+        "task": case.task.name,
         "kind": case.kind,
         "note": case.note,
         "cold": case.cold,

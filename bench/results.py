@@ -103,6 +103,13 @@ class Result:
             return None
         return timing.ratio(row.series.wall, first.series.wall)
 
+    def overhead(self, row: Row) -> float | None:
+        """What a form of our step costs beyond the first, relative to it, where that is asked."""
+        if not self.case.task.shows_overhead or not row.ours or row is self.first:
+            return None
+        times_as_slow = self.ratio(row)
+        return None if times_as_slow is None else times_as_slow - 1
+
     def host(self, row: Row) -> float | None:
         """Seconds of host time a step, where known."""
         if self.device.type == "cpu" or row.series is None or not row.timed:
@@ -120,7 +127,7 @@ class Result:
         seconds = {name: median(s.device) for name, s in self.streams.items() if s.device}
         if not seconds:
             return None
-        name, least = limit(seconds, self.device)
+        name, least = limit(seconds)
         return name, self.stream_bytes / least
 
     def of_limit(self, row: Row) -> float | None:

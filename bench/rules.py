@@ -26,6 +26,7 @@ class Rule:
         torch: its class in `torch.optim`.
         torch_kinds: the forms that torch has it in: of "fused", "foreach" and "compiled".
         peers: its name in the other libraries, by the name of the peer; see `peers`.
+        has_eps: whether "eps" is one of its hyperparameters.
     """
 
     name: str
@@ -35,6 +36,7 @@ class Rule:
     torch: str
     torch_kinds: tuple[str, ...] = ("fused", "foreach", "compiled")
     peers: Mapping[str, str] = field(default_factory=dict)
+    has_eps: bool = True
 
     def bytes_per_param(self, dtype: torch.dtype) -> int:
         """Bytes that a step must move for each parameter, with every array of `dtype`.
@@ -88,6 +90,7 @@ RULES = {
             states=1,
             options={"lr": 0.1, "momentum": 0.9, "weight_decay": 0.1},
             torch="SGD",
+            has_eps=False,
         ),
         Rule(  # without decay and with a constant learning rate it is torch's SGD
             name="sgdw",
@@ -95,6 +98,7 @@ RULES = {
             states=1,
             options={"lr": 0.1, "momentum": 0.9, "weight_decay": 0.0},
             torch="SGD",
+            has_eps=False,
         ),
         Rule(
             name="rmsprop",

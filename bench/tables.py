@@ -50,7 +50,8 @@ def _row(result: Result, row: Row) -> list[str]:
         wanted = aim.times[row.name]
         missed = (result.ratio(row) or 0.0) < wanted
         cells["ratio"] = _judged(cells["ratio"], f"{wanted:g}x", missed)
-    return [name, *cells.values(), row.reason]
+    overhead = result.overhead(row)
+    return [name, *cells.values(), "" if overhead is None else f"overhead {overhead:+.1%}"]
 
 
 def cases_table(results: Sequence[Result]) -> Table:

@@ -80,45 +80,63 @@ def in_turns(calls: Sequence[Call]) -> Call:
     return lambda: following()()
 
 
-def time_block(call: Call, repeats: int, device: torch.device) -> Block:
+def time_block(call: Call, repeats: int, device: torch.device, before: Call | None = None) -> Block:
     """The times that `repeats` calls take, without the garbage collector.
 
     Several calls come after one that is not timed, which finds the caches as others left them.
+
+    Args:
+        call: what to time.
+        repeats: how often it is called.
+        device: where it works.
+        before: called before each call, outside its time; a GPU has nothing to do when it begins.
     """
     collected = gc.isenabled()
     gc.disable()
     try:
         if repeats > 1:
             call()
-        if device.type == "cpu":
-            start = time.perf_counter()
-            for _ in range(repeats):
-                call()
-            wall = time.perf_counter() - start
-            return Block(wall, wall, wall)
-        first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        torch.cuda.synchronize(device)
-        start = time.perf_counter()
-        first.record()
+        if before is None:
+            return _time(call, repeats, device)
+        blocks = []
         for _ in range(repeats):
-            call()
-        host = time.perf_counter() - start
-        last.record()
-        last.synchronize()
-        wall = time.perf_counter() - start
-        return Block(wall, first.elapsed_time(last) / 1e3, host)
+            before()
+            blocks.append(_time(call, 1, device))
+        return Block(*map(sum, zip(*blocks, strict=True)))
     finally:
         if collected:
             gc.enable()
 
 
-def warm_up(call: Call, device: torch.device, block_seconds: float) -> int:
+def _time(call: Call, repeats: int, device: torch.device) -> Block:
+    if device.type == "cpu":
+        start = time.perf_counter()
+        for _ in range(repeats):
+            call()
+        wall = time.perf_counter() - start
+        return Block(wall, wall, wall)
+    first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize(device)
+    start = time.perf_counter()
+    first.record()
+    for _ in range(repeats):
+        call()
+    host = time.perf_counter() - start
+    last.record()
+    last.synchronize()
+    wall = time.perf_counter() - start
+    return Block(wall, first.elapsed_time(last) / 1e3, host)
+
+
+def warm_up(
+    call: Call, device: torch.device, block_seconds: float, before: Call | None = None
+) -> int:
     """Calls until nothing is new any more; returns how many calls make a block."""
     for _ in range(2):  # the first sets up, the second may still compile
         call()
     repeats = 1
     while True:
-        wall = time_block(call, repeats, device).wall
+        wall = time_block(call, repeats, device, before).wall
         if wall >= block_seconds:
             return repeats
         repeats = max(repeats + 1, min(10 * repeats, int(repeats * 1.2 * block_seconds / wall)))
@@ -129,6 +147,7 @@ def interleave(
     series: Mapping[str, Series],
     device: torch.device,
     rounds: int,
+    before: Mapping[str, Call],
     *,
     on_round: Callable[[], object],
     on_error: Callable[[str, Exception], object],
@@ -143,6 +162,7 @@ def interleave(
         series: by the same names, with the number of calls that make a block; samples are added.
         device: where they work.
         rounds: samples to add to each series.
+        before: by the same names, what some calls need before each of them; see `time_block`.
         on_round: called after each round.
         on_error: told the name of a call that raised, and what; it has no more turns.
     """
@@ -153,7 +173,8 @@ def interleave(
             first = index % max(1, len(names))
             for name in names[first:] + names[:first]:
                 try:
-                    series[name].add(time_block(calls[name], series[name].repeats, device))
+                    repeats = series[name].repeats
+                    series[name].add(time_block(calls[name], repeats, device, before.get(name)))
                 except Exception as error:
                     names.remove(name)
                     on_error(name, error)

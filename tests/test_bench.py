@@ -7,6 +7,7 @@ import signal
 import stat
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
@@ -17,15 +18,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from bench import cli, comparison, contenders, memory, picture, probe
-from bench.cases import CASES, LISTS, Case, make_params, select
+from bench import cli, clip_norm, comparison, contenders, memory, picture, probe, whole_step
+from bench.cases import CASES, LISTS, TASK_CASES, TASKS, Case, make_params, select
 from bench.contenders import Started, start_ours
 from bench.footprint import bytes_per_param, extra_bytes
 from bench.launches import count_launches
 from bench.models import MODELS, elements, qwen3_30b_a3b
 from bench.peers import PEERS, Peer, start_torch
 from bench.rules import RULES, Rule
-from bench.timing import in_turns
+from bench.stream import streams
+from bench.timing import in_turns, time_block
 
 ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
@@ -283,6 +285,173 @@ def test_footprint_of_several_formats() -> None:
     assert count_launches(start_torch(ADAMW, params), False, CPU) is None
 
 
+# --- Tasks ---------------------------------------------------------------------------------------
+
+TORCHS = ("--rounds", "1", "--peer", "torch-fused", "torch-foreach", "--case")
+
+
+@pytest.mark.parametrize(
+    ("case", "ours", "folded", "composed"),
+    [
+        ("1M-float32-whole", 44, 52, 56),
+        ("1M-float32-whole-unscale", 44, 52, 64),
+        ("1M-bfloat16-whole", 26, 38, 40),
+        ("1M-bfloat16-whole-unscale", 26, 38, 44),
+    ],
+)
+def test_whole_steps(case: str, ours: int, folded: int, composed: int, tmp_path: Path) -> None:
+    _, report = bench(tmp_path / "x.json", *TORCHS, case)
+    rows = by_name(report["results"][0])
+    assert {name: row["bytes_per_param"] for name, row in rows.items()} == {
+        "ours cpu": ours,
+        "torch-fused": composed,
+        "torch-fused, folded": folded,
+        "torch-foreach": composed,
+    }
+    for row in rows.values():
+        assert row["status"] == "timed", row["reason"]
+    assert rows["ours cpu"]["check"] == {"error": 0.0, "tolerance": 0.0}
+    assert rows["ours cpu"]["launches"] == 2  # the norm, the update
+
+
+def without_unscaling(
+    clip: Any, optimizer: Any, params: Any, grads: Any, limit: float, scale: Any
+) -> Any:
+    return clip(optimizer, params, grads, limit, None if scale is None else torch.ones(()))
+
+
+def without_clipping(
+    clip: Any, optimizer: Any, params: Any, grads: Any, limit: float, scale: Any
+) -> Any:
+    return clip(optimizer, params, grads, float("inf"), scale)
+
+
+def standing_still(params: Sequence[Tensor]) -> tuple[Callable[[], object], list[Tensor]]:
+    """Averages that are begun and then left alone."""
+    update, averages = averaging(params)
+    calls = iter([update])
+    return lambda: next(calls, lambda: None)(), averages
+
+
+averaging = whole_step._averaging
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("task", "name", "wrong"),
+    [
+        ("whole-unscale", "_clip", partial(without_unscaling, whole_step._clip)),
+        ("whole", "_clip", partial(without_clipping, whole_step._clip)),
+        ("whole", "_averaging", standing_still),
+        ("whole", "_zeroing", lambda grads: lambda: None),
+    ],
+    ids=["unscale", "clip", "average", "zero"],
+)
+def test_a_composition_that_leaves_out_a_stage_is_not_timed(
+    task: str, name: str, wrong: Any, dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(whole_step, name, wrong)
+    _, report = bench(tmp_path / "x.json", *TORCHS, f"1M-{dtype}-{task}")
+    rows = by_name(report["results"][0])
+    assert rows["torch-fused"]["status"] == rows["torch-foreach"]["status"] == "different"
+    assert rows["ours cpu"]["status"] == "timed"
+
+
+def test_every_step_of_a_block_finds_gradients() -> None:
+    params = make_params(CASES["64K-float32"], CPU)
+    grad = params[0].grad
+    assert grad is not None
+    found = []
+
+    def step() -> None:
+        found.append(bool(grad.any()))
+        grad.zero_()
+
+    time_block(step, 3, CPU, TASKS["whole"].before(params))
+    assert found[1:] == [True] * 3
+
+
+def test_what_goes_before_a_call_is_not_in_its_time() -> None:
+    calls: list[str] = []
+    slow = lambda: (calls.append("before"), time.sleep(0.05))  # noqa: E731
+    block = time_block(lambda: calls.append("call"), 2, CPU, slow)
+    assert calls == ["call", "before", "call", "before", "call"]
+    assert block.wall < 0.05
+
+
+def test_the_norm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "cache_bytes", lambda device: 1)  # so that it runs from memory
+    names = ("64M-float32-norm", "1000x1024-float32-norm")
+    _, report = bench(tmp_path / "x.json", *TORCHS, *names)
+    for result in report["results"]:
+        rows = by_name(result)
+        assert rows.keys() == {"ours cpu", "torch get_total_norm"}
+        for row in rows.values():
+            assert (row["status"], row["bytes_per_param"]) == ("timed", 4), row["reason"]
+        assert rows["ours cpu"]["check"]["error"] == 0.0
+        assert rows["ours cpu"]["launches"] == 1
+        assert result["limit"]["stream"] in streams(64, CPU, only_reads=True)
+        assert result["stream_bytes"] == 4 * result["elements"]
+
+    monkeypatch.setattr(clip_norm, "norm", lambda params: 1.02 * len(params) ** 0.5 * 31.6)
+    _, report = bench(tmp_path / "x.json", *TORCHS, names[1])
+    assert {row["status"] for row in report["results"][0]["contenders"]} == {"different"}
+
+
+def test_what_only_reads_leaves_memory_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    scratch = torch.rand(1000)
+    monkeypatch.setattr(torch, "rand", lambda *size, **options: scratch)
+    before = scratch.clone()
+    for call in streams(4000, CPU, only_reads=True).values():
+        call()
+    assert torch.equal(scratch, before)
+
+
+def test_what_an_option_costs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    names = ("64M-float32-telemetry", "1000x1024-float32-groups")
+    code, report = bench(tmp_path / "x.json", *TORCHS, *names)
+    assert code == 0
+    telemetry, groups = map(by_name, report["results"])
+    assert telemetry.keys() == {"ours cpu", "ours cpu, telemetry"}
+    forms = [f"{count} group{'s' * (count > 1)}" for count in (1, 2, 465)]
+    assert set(groups) == {
+        f"{name}, {form}" for name in ("ours cpu", "torch-fused", "torch-foreach") for form in forms
+    }
+    for rows in (telemetry, groups):
+        first, *others = rows.values()
+        for row in rows.values():
+            assert row["status"] == "timed", row["reason"]
+        assert first["overhead"] is None
+        for row in others:
+            wanted = row["ours_times_as_fast"] - 1 if row["ours"] else None
+            assert row["overhead"] == wanted
+            assert not row["ours"] or row["launches"] == 1
+    assert "overhead" in capsys.readouterr().out
+
+
+def test_a_divided_list_is_whole() -> None:
+    params = make_params(CASES["1000x64-float32"], CPU)
+    for contender in TASKS["groups"].contenders(ADAMW, torch.float32, ["cpu"], []):
+        optimizer = contender.start(params).optimizer
+        assert optimizer is not None
+        assert f"{len(optimizer.param_groups)} group" in contender.name
+        held = [param for group in optimizer.param_groups for param in group["params"]]
+        assert list(map(id, held)) == list(map(id, params))
+
+
+def test_tasks_are_chosen() -> None:
+    names = {case.name for case in TASK_CASES}
+    assert names <= {case.name for case in select(CPU)}
+    chosen = select(CPU, tasks=["norm", "groups"])
+    assert [case.name for case in chosen] == [
+        "64M-float32-norm",
+        "1000x1024-float32-norm",
+        "1000x1024-float32-groups",
+    ]
+    sizes = {case.name.split("-")[0] for case in select(CPU, tasks=["whole"])}
+    assert sizes == {"64M", "16M", "1M", "1000x1024"}
+
+
 # --- Interruption --------------------------------------------------------------------------------
 
 
@@ -337,6 +506,7 @@ def test_an_interruption_leaves_what_was_measured(
         (("--rule", "adam-w"), "adamw"),
         (("--engine", "gpu"), "reference"),
         (("--dtype", "float64"), "bfloat16"),
+        (("--task", "clip"), "whole-unscale"),
         (("--engine", "cuda"), "accepted: cpu, reference"),
         (("--rounds", "0"), "--rounds: found 0, accepted: 1 or more"),
         (("--threads", "-1"), "--threads: found -1, accepted: 1 or more"),
