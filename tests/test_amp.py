@@ -88,7 +88,7 @@ def test_overflow(cls: Any, skip: Any, zero_grads: bool) -> None:
         optimizer = cls(
             params,
             **extra,
-            schedule=schedules.StepDecay(2, 0.5),
+            schedule=schedules.StepDecay(1, 0.75),
             ema_decay=0.9,
             zero_grads=zero_grads,
         )

@@ -1,0 +1,89 @@
+"""Gradients that lie on several ranks are clipped by the norm of all of them."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from drawn_training import assert_same_bits, make_params, set_grads
+from torch import Tensor, distributed, multiprocessing
+
+from fused_adamw import FusedAdamW
+
+pytestmark = pytest.mark.skipif(
+    not (distributed.is_available() and distributed.is_gloo_available()), reason="gloo is missing"
+)
+
+RANKS = 2
+SECONDS = 90
+SHAPES = [(7, 5), (33,), (300,), (2000, 11)]
+OPTIONS: dict[str, Any] = {"lr": 0.1, "max_grad_norm": 0.5, "skip_nonfinite": True}
+
+
+def drawn(step: int) -> list[Tensor]:
+    """The parameters with the gradients of a step; one of the second step is infinite."""
+    params = make_params(SHAPES)
+    set_grads(params, step)
+    if step == 1:
+        params[3].grad[5, 5] = torch.inf
+    return params
+
+
+def part(rank: int, tensors: list[Tensor]) -> list[Tensor]:
+    return tensors[rank * 2 : rank * 2 + 2]
+
+
+def run(optimizer: FusedAdamW, params: list[Tensor], rank: int | None) -> list[Tensor]:
+    norms = []
+    for step in range(3):
+        grads = [param.grad for param in drawn(step)]
+        for param, grad in zip(params, grads if rank is None else part(rank, grads), strict=True):
+            param.grad = grad
+        optimizer.step()
+        assert optimizer.grad_norm is not None
+        norms.append(optimizer.grad_norm)
+    return norms
+
+
+def on_rank(rank: int, port: int, folder: str) -> None:
+    distributed.init_process_group(
+        "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=RANKS
+    )
+    torch.set_num_threads(1)
+    params = part(rank, make_params(SHAPES))
+    alone = distributed.new_group([0]), distributed.new_group([1])
+    groups = [alone[rank], distributed.group.WORLD]  # one after the other
+    norms = run(FusedAdamW(params, **OPTIONS, norm_process_groups=groups), params, rank)
+    torch.save((norms, [param.detach() for param in params]), Path(folder) / str(rank))
+    distributed.destroy_process_group()
+
+
+def test_two_ranks_clip_as_one_process(tmp_path: Path) -> None:
+    """The same bits as one process where each rank's gradients are a param group.
+
+    A step whose norm is infinite because of one rank is skipped by both.
+    """
+    with contextlib.closing(socket.socket()) as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    context = multiprocessing.spawn(on_rank, args=(port, str(tmp_path)), nprocs=RANKS, join=False)
+    try:
+        end = time.monotonic() + SECONDS
+        while not context.join(timeout=1):  # which waits for one of them
+            assert time.monotonic() < end, f"the ranks took more than {SECONDS} seconds"
+    finally:
+        for process in context.processes:
+            process.kill()
+    params = make_params(SHAPES)
+    optimizer = FusedAdamW([{"params": part(rank, params)} for rank in range(RANKS)], **OPTIONS)
+    norms = run(optimizer, params, None)
+    assert [norm.isfinite().item() for norm in norms] == [True, False, True]
+    for rank in range(RANKS):
+        found_norms, found = torch.load(tmp_path / str(rank))
+        assert_same_bits(found_norms, norms)
+        assert_same_bits(found, [param.detach() for param in part(rank, params)])
