@@ -87,7 +87,7 @@ def _compiled(rule: Rule, params: list[Tensor]) -> Started:
     # Past its limit of versions of one function torch would fall back to eager mode silently.
     torch._dynamo.config.recompile_limit = 1 << 10
     torch._dynamo.config.fail_on_recompile_limit_hit = True
-    optimizer = start_torch(rule, params, foreach=True).optimizer
+    optimizer: Any = start_torch(rule, params, foreach=True).optimizer
 
     @torch.compile
     def step() -> None:

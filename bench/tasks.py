@@ -115,14 +115,14 @@ class ParamGroups(Task):
     def contenders(
         self, rule: Rule, dtype: torch.dtype, engines: list[str], peers: Sequence[Peer]
     ) -> list[Contender]:
-        torchs = [peer for peer in peers if peer.kind in ("fused", "foreach")]
+        fused = [peer for peer in peers if peer.kind == "fused"]
         return [
             replace(
                 contender,
                 name=f"{contender.name}, {count} group{'s' * (count > 1)}",
                 start=partial(_start_divided, contender, count),
             )
-            for contender in super().contenders(rule, dtype, engines, torchs)
+            for contender in super().contenders(rule, dtype, engines, fused)
             for count in self.counts
         ]
 

@@ -415,7 +415,7 @@ def test_what_an_option_costs(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert telemetry.keys() == {"ours cpu", "ours cpu, telemetry"}
     forms = [f"{count} group{'s' * (count > 1)}" for count in (1, 2, 465)]
     assert set(groups) == {
-        f"{name}, {form}" for name in ("ours cpu", "torch-fused", "torch-foreach") for form in forms
+        f"{name}, {form}" for name in ("ours cpu", "torch-fused") for form in forms
     }
     for rows in (telemetry, groups):
         first, *others = rows.values()
