@@ -482,7 +482,8 @@ class FusedOptimizer(Optimizer):
         """Puts the counts of a parameter where a step reads them."""
         state = self._state.get(param, {})
         for name, value in state.items():
-            if name in ("step", self._scalar) and value.device != device:
+            scalar = name in ("step", self._scalar) and isinstance(value, Tensor)
+            if scalar and value.device != device:
                 state[name] = value.to(device)
 
     def _step_options(self, on_device: bool = False) -> StepOptions:

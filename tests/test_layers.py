@@ -24,7 +24,7 @@ INCLUDES = {
     "storage": rf"{STANDARD}|core/platform\.h|storage/.*",
     "core": rf"{STANDARD}|(core|storage)/.*",
     "cpu": rf"{STANDARD}|omp\.h|(cpu|core|storage|rules)/.*",
-    "cuda": rf"{STANDARD}|cuda_runtime\.h|(cuda|core|storage|rules)/.*",
+    "cuda": rf"{STANDARD}|cuda_runtime\.h|(cuda|core|storage|rules|schedules)/.*",
     "host": rf"{STANDARD}|pybind11/.*|(host|core|storage|rules)/.*",
     "bindings.cpp": rf"{STANDARD}|pybind11/.*|(host|cpu|cuda|core|storage|rules|schedules)/.*",
 }

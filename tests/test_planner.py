@@ -158,6 +158,21 @@ def test_launches_of_lists_with_many_steps_or_dtypes() -> None:
     assert count_launches([Parameter(0)] * 20, amsgrad=False) == 0
 
 
+def test_launches_of_many_param_groups() -> None:
+    """Groups of equal values share a row: 465 cost what one costs."""
+    first = ADAM.groups()[0]
+    parameters = [Parameter(1, group=group) for group in range(465)]
+    for groups, most in (
+        ([first] * 465, 1),
+        ([{**first, "weight_decay": 0.1 * (group % 2)} for group in range(465)], 1),
+        ([{**first, "lr": 0.1 + group} for group in range(465)], 5),
+    ):
+        state = State(Problem(ADAM, groups, parameters))
+        state.gather()
+        buckets = state.registered.native.buckets()
+        assert sum(_C.count_cuda_launches(bucket) for bucket in buckets) == most
+
+
 # --- Ranges of the CPU engine --------------------------------------------------------------------
 
 

@@ -511,10 +511,9 @@ def test_squared_norm_of_a_chunk_number_by_number(numel: int) -> None:
     grad = draw_gradient(numel, "float32")
     total = 0.0
     for segment in range(8):
-        lanes = [0.0] * 128
+        s = [0.0] * 32
         for i, x in enumerate(grad[2048 * segment : 2048 * (segment + 1)].tolist()):
-            lanes[i % 128] += x * x
-        s = [(a + b) + (c + d) for a, b, c, d in zip(*(lanes[i::4] for i in range(4)), strict=True)]
+            s[i % 32] += x * x
         for h in (16, 8, 4, 2, 1):
             for t in range(h):
                 s[t] += s[t + h]

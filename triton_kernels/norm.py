@@ -21,8 +21,8 @@ LANES = tl.constexpr(32)
 SEGMENT = tl.constexpr(CHUNK.value // SEGMENTS.value)
 ROWS = tl.constexpr(SEGMENT.value // LANES.value)
 
-# A program sums one chunk, and a thread two lanes of it: accesses are of 8 bytes in float32, of 4
-# in 16 bits, and those of all rows are independent of one another.
+# A program sums one chunk, and a thread two lanes of it, an element at a time: the loads of all
+# rows are independent of one another, and a warp's are of neighbours.
 NUM_WARPS = 4
 THREADS = 32 * NUM_WARPS
 COMPILE_OPTIONS: dict[str, Any] = {"num_warps": NUM_WARPS, "enable_fp_fusion": False}

@@ -21,7 +21,7 @@ static_assert(kThreads == kLanes * kSegments, "a warp adds up one segment of a c
 // Kernel arguments may take 32,764 bytes from CUDA 12.1 and compute capability 7.0 on, against
 // 4,096 before: 600 tensors a launch instead of 70.
 constexpr int kArgumentBytes = 32764;
-constexpr int kRows = 128;
+constexpr int kRows = 104;
 
 // `kWhole`: with what a step may do beside its rule (core/pass.h), unscaling and clipping apart,
 // which every launch does.

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <limits>
 #include <tuple>
 
@@ -405,6 +406,22 @@ bool ParameterList::Route::fits(const Entry& entry, Dtype grad_dtype,
          entry.device.index == bucket->device_index;
 }
 
+// Param groups often have the same values, and a launch takes but so many rows: the last row gives
+// way to an equal one among the few before it.
+std::int32_t ParameterList::share_last_row(Bucket& bucket) {
+  constexpr std::int32_t kFew = 8;
+  const std::int32_t last = bucket.rows() - 1;
+  const auto length = static_cast<std::size_t>(bucket.coefficients_per_row);
+  const float* row = bucket.coefficients.data() + static_cast<std::size_t>(last) * length;
+  for (std::int32_t other = last - 1; other >= 0 && other >= last - kFew; --other) {
+    const float* former = bucket.coefficients.data() + static_cast<std::size_t>(other) * length;
+    if (std::memcmp(former, row, length * sizeof(float)) != 0) continue;
+    bucket.coefficients.resize(bucket.coefficients.size() - length);
+    return other;
+  }
+  return last;
+}
+
 const ParameterList::Route& ParameterList::route_of(const Entry& entry,
                                                     const Hyperparameters& group, Dtype grad_dtype,
                                                     const Position& at) {
@@ -421,6 +438,7 @@ const ParameterList::Route& ParameterList::route_of(const Entry& entry,
     group.coefficients_at(after, bucket.coefficients.data() + size);
     bucket.pass(found->second.row) = {1.0f, entry.unaveraged ? 1.0f : options_.ema_weight};
     found->second.scalar = after.scalar;
+    found->second.row = share_last_row(bucket);
   }
   return found->second;
 }

@@ -181,6 +181,7 @@ class ParameterList {
   const Route& route_of(const Entry& entry, const Hyperparameters& group, Dtype grad_dtype,
                         const Position& at);
   Bucket& bucket_for(const Entry& entry, int functor, const Format& format);
+  static std::int32_t share_last_row(Bucket& bucket);
   void count_chunks(const Entry& entry);
   void check_gradient_memory(const Entry& entry, const void* grad, Dtype dtype) const;
   void check_overlaps();
