@@ -22,6 +22,13 @@ from fused_adamw.triton_kernels import RULES
 BYTES_IN_FLIGHT = 48 * 1024  # what an SM of an H200 needs on its way to keep the memory busy
 
 
+# With three states and an average beside them, all of mixed dtypes: 8 to 32 bytes a thread, against
+# the half of the warps that more registers would cost. The tick's one thread a parameter may spill.
+WHOLE_STEPS_THAT_SPILL = {
+    "adam amsgrad whole",
+    "adam l2 amsgrad whole",
+    "rmsprop centered momentum whole",
+}
 # ptxas stops at 64 registers, which let four blocks be resident, and spills two more.
 KNOWN_TO_SPILL = {"triton-adamax-float32-bfloat16-float32-sm90"}
 
@@ -213,14 +220,14 @@ def test_the_committed_report_is_up_to_date(compiled_kernels: list[Compiled]) ->
     assert not difference, f"run `make kernels` and commit what it writes:\n{difference}"
 
 
-def test_no_cuda_kernel_of_the_committed_report_spills() -> None:
-    rows = [
-        [cell.strip() for cell in line.strip("|").split("|")]
-        for line in sections(REPORT.read_text())["Aims missed"].splitlines()
-    ]
-    (heads,) = (row for row in rows if row[0] == "kernels with")
-    (spills,) = (row for row in rows if row[0] == "spills or stack")
-    counts = dict(zip(heads, spills, strict=True))
-    assert {head: counts[f"{head} cuda"] for head in ("8.0", "9.0", "10.0")} == dict.fromkeys(
-        ("8.0", "9.0", "10.0"), "0"
-    )
+def test_cuda_kernels_of_the_committed_report_that_spill() -> None:
+    spill = set()
+    for heading, text in sections(REPORT.read_text()).items():
+        if heading.split(":")[0] not in ("8.0", "9.0", "10.0"):
+            continue
+        cuda = text.split(" cuda\n", 1)[1].split("\n### ", 1)[0]
+        rows = [[cell.strip() for cell in row.strip("|").split("|")] for row in cuda.splitlines()]
+        (heads,) = (row for row in rows if row[0] == "rule")
+        spills = heads.index("spills")
+        spill |= {row[0] for row in rows if len(row) > spills and row[spills].endswith("!")}
+    assert spill == WHOLE_STEPS_THAT_SPILL | {"tick_kernel"}

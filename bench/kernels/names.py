@@ -44,7 +44,8 @@ class Kernel:
         have, or `Mixed`; a bool says whether the kernel is of a whole step; the first other
         argument is the rule, and what more there may be counts as an option.
         """
-        bare = re.sub(r"\([\w:]+\)|\w+::|^void |\s", "", demangled)  # 2 of (Decay)2
+        cast, space = r"\([\w:]+\)", r"(?:\w+|\(anonymous namespace\))::"  # 2 of (Decay)2
+        bare = re.sub(rf"{cast}|{space}|^void |\s", "", demangled)
         function, arguments = _split(bare)
         rule, values, dtypes, more, whole = "", [], (), [], False
         for argument in arguments:
