@@ -128,6 +128,34 @@ py::array_t<std::int64_t> emas(const Bucket& bucket) {
       bucket, [](auto& tensor) { return reinterpret_cast<std::intptr_t>(tensor.ema); });
 }
 
+// Where what is beside the parameters begins; none in a bucket without.
+py::array_t<std::int64_t> besides(const Bucket& bucket) {
+  if (bucket.format.beside == Beside::kNothing) return py::array_t<std::int64_t>(0);
+  return column<std::int64_t>(
+      bucket, [](auto& tensor) { return reinterpret_cast<std::intptr_t>(tensor.beside); });
+}
+
+// Where the scales of the states begin: [tensors, states]; none in a bucket without codes.
+py::array_t<std::int64_t> scales(const Bucket& bucket) {
+  if (bucket.format.state != Dtype::kCode8) return py::array_t<std::int64_t>(0);
+  const int states = functor_info(bucket.functor).states;
+  py::array_t<std::int64_t> values(
+      {static_cast<py::ssize_t>(bucket.tensors.size()), static_cast<py::ssize_t>(states)});
+  auto* out = values.mutable_data();
+  for (const TensorEntry& tensor : bucket.tensors) {
+    for (int k = 0; k < states; ++k) *out++ = reinterpret_cast<std::intptr_t>(tensor.scale[k]);
+  }
+  return values;
+}
+
+py::tuple state_kinds(const Bucket& bucket) {
+  py::list kinds;
+  for (const StateKind kind : functor_info(bucket.functor).kinds) {
+    kinds.append(kStateKindNames[static_cast<int>(kind)]);
+  }
+  return py::tuple(kinds);
+}
+
 // A list's chunks by param group, kept beyond its next step.
 struct ChunkRuns {
   std::vector<host::ChunkRun> runs;
@@ -289,6 +317,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("fold", &fold, py::arg("partials"), py::arg("columns"), py::arg("runs"), py::arg("groups"));
 
   // The list of parameters, and what a step makes of it.
+  m.def("random_key", &random_key, py::arg("seed"), py::arg("parameter"));
   m.def("use_exchange_api", &host::use_exchange_api, py::arg("capsule"));
   py::class_<Bucket>(m, "Bucket")
       .def_property_readonly("functor",
@@ -299,6 +328,18 @@ PYBIND11_MODULE(_C, m) {
       .def_property_readonly("param_dtype", [](const Bucket& b) { return name_of(b.format.param); })
       .def_property_readonly("grad_dtype", [](const Bucket& b) { return name_of(b.format.grad); })
       .def_property_readonly("state_dtype", [](const Bucket& b) { return name_of(b.format.state); })
+      .def_property_readonly(
+          "beside", [](const Bucket& b) { return kBesideNames[static_cast<int>(b.format.beside)]; })
+      .def_property_readonly("stochastic", [](const Bucket& b) { return b.format.stochastic; })
+      .def_property_readonly("state_kinds", &state_kinds)
+      .def_property_readonly("besides", &besides)
+      .def_property_readonly("scales", &scales)
+      .def_property_readonly(
+          "keys",
+          [](const Bucket& b) { return column<std::uint64_t>(b, [](auto& t) { return t.key; }); })
+      .def_property_readonly(
+          "offsets",
+          [](const Bucket& b) { return column<std::int64_t>(b, [](auto& t) { return t.offset; }); })
       .def_readonly("device_type", &Bucket::device_type)
       .def_readonly("device_index", &Bucket::device_index)
       .def_readonly("numel", &Bucket::numel)
@@ -342,21 +383,25 @@ PYBIND11_MODULE(_C, m) {
         };
       }))
       .def(py::init([](py::list params, py::list states, py::list names, py::list counts,
-                       py::list scalars, py::list fresh, py::list averages, py::list unaveraged,
+                       py::list scalars, py::list fresh, py::list besides, py::list scales,
+                       py::list stochastic, py::list keys, py::list averages, py::list unaveraged,
                        py::list active, py::list groups, py::list labels, bool on_device,
                        py::object restride, py::object increment_version) {
-             for (const py::list& list : {states, names, counts, scalars, fresh, averages,
-                                          unaveraged, active, groups, labels}) {
+             for (const py::list& list :
+                  {states, names, counts, scalars, fresh, besides, scales, stochastic, keys,
+                   averages, unaveraged, active, groups, labels}) {
                if (list.size() != params.size()) {
                  throw py::value_error("lists of one registration differ in length");
                }
              }
-             return std::make_unique<host::ParameterList>(host::Registration{
-                 params, states, names, counts, scalars, fresh, averages, unaveraged, active,
-                 groups, labels, on_device, restride, increment_version});
+             return std::make_unique<host::ParameterList>(
+                 host::Registration{params, states, names, counts, scalars, fresh, besides, scales,
+                                    stochastic, keys, averages, unaveraged, active, groups, labels,
+                                    on_device, restride, increment_version});
            }),
            py::kw_only(), py::arg("params"), py::arg("states"), py::arg("names"), py::arg("counts"),
-           py::arg("scalars"), py::arg("fresh"), py::arg("averages"), py::arg("unaveraged"),
+           py::arg("scalars"), py::arg("fresh"), py::arg("besides"), py::arg("scales"),
+           py::arg("stochastic"), py::arg("keys"), py::arg("averages"), py::arg("unaveraged"),
            py::arg("active"), py::arg("groups"), py::arg("labels"), py::arg("on_device"),
            py::arg("restride"), py::arg("increment_version"))
       .def("remember", &host::ParameterList::remember, py::arg("param_lists"), py::arg("states"))
@@ -365,12 +410,13 @@ PYBIND11_MODULE(_C, m) {
           "gather",
           [](host::ParameterList& list, const std::vector<const host::Hyperparameters*>& groups,
              const std::optional<py::list>& grads, bool is_state_held, double ema_weight,
-             bool zero_grads) {
+             bool zero_grads, const std::vector<std::int64_t>& steps) {
             return list.gather(groups, grads, is_state_held,
-                               {static_cast<float>(ema_weight), zero_grads});
+                               {static_cast<float>(ema_weight), zero_grads, steps});
           },
           py::arg("groups"), py::arg("grads") = py::none(), py::arg("is_state_held") = false,
-          py::arg("ema_weight") = 1.0, py::arg("zero_grads") = false)
+          py::arg("ema_weight") = 1.0, py::arg("zero_grads") = false,
+          py::arg("steps") = std::vector<std::int64_t>{})
       .def_property_readonly("chunks", &host::ParameterList::chunks)
       .def_property_readonly("zeroed", &host::ParameterList::zeroed)
       .def_property_readonly("restrided", &host::ParameterList::restrided)

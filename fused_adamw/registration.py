@@ -64,6 +64,10 @@ class Member:
         counts: whether it has a "step", the number of steps taken.
         scalar: the key of the number that the rule carries from step to step, if it carries one.
         fresh: whether the state has been created for this step.
+        beside: the name and the key of what keeps the parameter's lower bits, if anything does.
+        scales: the keys of the scales of coded states; empty where they are not coded.
+        stochastic: whether the parameter and its states are rounded stochastically.
+        random_key: of its random bits; see [note: random bits] in csrc/storage/random.h.
         averaged: whether the state has the average of the parameter.
         unaveraged: whether that begins with the next step.
         active: whether it can have a gradient; what cannot may be of any kind.
@@ -79,6 +83,10 @@ class Member:
     counts: bool = True
     scalar: str | None = None
     fresh: bool = False
+    beside: tuple[str, str] | None = None
+    scales: tuple[str, ...] = ()
+    stochastic: bool = False
+    random_key: int = 0
     averaged: bool = False
     unaveraged: bool = False
     active: bool = True
@@ -113,6 +121,10 @@ class RegisteredList:
             counts=[member.counts for member in self.members],
             scalars=[member.scalar for member in self.members],
             fresh=[member.fresh for member in self.members],
+            besides=[member.beside for member in self.members],
+            scales=[member.scales for member in self.members],
+            stochastic=[member.stochastic for member in self.members],
+            keys=[member.random_key for member in self.members],
             averages=[EMA if member.averaged else None for member in self.members],
             unaveraged=[member.unaveraged for member in self.members],
             active=[member.active for member in self.members],
@@ -130,6 +142,7 @@ class RegisteredList:
         grads: list[Tensor | None] | None = None,
         *,
         is_state_held: bool = False,
+        steps: Sequence[int] = (),
         options: StepOptions = PLAIN,
         measurements: Measurements | None = None,
         inputs: DeviceInputs | None = None,
@@ -140,6 +153,7 @@ class RegisteredList:
             hyperparameters: of each group.
             grads: the gradients; by default those of the parameters.
             is_state_held: whether someone else can reach the states, and may have moved them.
+            steps: taken by each group, where a member is rounded stochastically.
             options: what is done beside the rule.
             measurements: where what is measured goes.
             inputs: with a `device_step`, what it takes.
@@ -157,6 +171,7 @@ class RegisteredList:
                     is_state_held,
                     options.ema_weight,
                     options.zero_grads,
+                    steps,
                 ):
                     return Outcome.STALE
                 return self._update(

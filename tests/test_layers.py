@@ -18,10 +18,10 @@ CSRC = ROOT / "csrc"
 # What each folder of csrc may include, from csrc and from elsewhere.
 STANDARD = r"c?[a-z_]+"  # <vector>, <cmath>
 INCLUDES = {
-    "rules": r"array|cmath|cstdint|core/(platform|closed_forms)\.h|rules/.*",
+    "rules": r"array|cmath|cstdint|core/(platform|closed_forms|state_kind)\.h|rules/.*",
     "rules/registry.h": rf"{STANDARD}|rules/.*",  # what the other layers see of rules
     "schedules": r"cstdint|core/(platform|closed_forms)\.h",
-    "storage": rf"{STANDARD}|core/platform\.h|storage/.*",
+    "storage": rf"{STANDARD}|core/(platform|state_kind)\.h|storage/.*",
     "core": rf"{STANDARD}|(core|storage)/.*",
     "cpu": rf"{STANDARD}|omp\.h|(cpu|core|storage|rules)/.*",
     "cuda": rf"{STANDARD}|cuda_runtime\.h|(cuda|core|storage|rules|schedules)/.*",

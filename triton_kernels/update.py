@@ -36,8 +36,9 @@ PARAM = tl.constexpr(0)
 GRAD = tl.constexpr(1)
 FIRST_STATE = tl.constexpr(2)
 
-# What ends a row of coefficients: what the gradient is multiplied by, the weight of the average.
-PASS_COEFFICIENTS = tl.constexpr(2)
+# What ends a row of coefficients: what the gradient is multiplied by, the weight of the average,
+# and the bits of the number of steps taken, for random bits.
+PASS_COEFFICIENTS = tl.constexpr(3)
 
 
 @triton.jit

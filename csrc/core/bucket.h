@@ -17,7 +17,11 @@ constexpr int kMaxSlots = kFirstState + kMaxStates;
 // Every slot holds `numel` elements in one linear order that is common to all slots.
 struct TensorEntry {
   void* slot[kMaxSlots];
-  float* ema;  // the average of the parameter; null in a bucket without
+  float* ema;                // the average of the parameter; null in a bucket without
+  void* beside;              // what the format has beside the parameter; or null
+  float* scale[kMaxStates];  // of the states' blocks; null where they are not coded
+  std::uint64_t key;         // of its random bits
+  std::int64_t offset;       // index of its first element in the whole tensor: of a shard not 0
   std::int64_t numel;
   std::int32_t row;    // index into Bucket::coefficients, in rows
   std::int32_t group;  // index of the param group
@@ -45,6 +49,7 @@ struct Bucket {
   double* observed = nullptr;  // rows of kObserved sums, one a chunk of the list; or null
   std::int64_t numel = 0;      // elements over all tensors
 
+  // Whether nothing is done beside the rule.
   bool is_plain() const { return !has_ema && !zero_grads && observed == nullptr; }
 
   PassCoefficients& pass(int row) {

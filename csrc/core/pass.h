@@ -10,8 +10,9 @@ namespace fused_adamw {
 
 // They follow the rule's coefficients in a row.
 struct PassCoefficients {
-  float grad_factor;  // of every gradient, before the rule sees it: unscales and clips
-  float ema_weight;   // of the new parameter in its average
+  float grad_factor;          // of every gradient, before the rule sees it: unscales and clips
+  float ema_weight;           // of the new parameter in its average
+  std::uint32_t random_step;  // steps taken, where anything is drawn: [note: random bits]
 };
 constexpr int kPassCoefficients = sizeof(PassCoefficients) / sizeof(float);
 

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cstring>
+#include <type_traits>
 #include <vector>
 
 #include "core/float_environment.h"
@@ -12,6 +13,8 @@
 #include "core/planner.h"
 #include "core/square_sum.h"
 #include "rules/registry.h"
+#include "storage/format.h"
+#include "storage/random.h"
 
 // [note: SIMD levels] The body below is plain scalar C++ that the compiler vectorises. It is
 // inlined into one wrapper for each instruction set, which is chosen when it runs. Every level
@@ -54,13 +57,34 @@ struct Work {
   FUSED_ADAMW_HD T* slot(int k) const {
     return static_cast<T*>(tensor.slot[k]) + begin;
   }
+  FUSED_ADAMW_HD void* slot_bytes(int k) const {
+    return static_cast<char*>(tensor.slot[k]) + begin * element_size(format.of_slot(k));
+  }
+  template <class T>
+  FUSED_ADAMW_HD T* beside() const {
+    return static_cast<T*>(tensor.beside) + begin;
+  }
+  FUSED_ADAMW_HD void* beside_bytes() const {
+    return static_cast<char*>(tensor.beside) + begin * besides_size(format.beside);
+  }
 };
 
 // What knows no rule, at one level. `count` numbers of a dtype of 16 bits become floats, or back;
-// the rest takes any dtype.
+// the rest takes any dtype. `bits` are the random ones of the elements.
 struct Tools {
   void (*widen)(const void* from, Dtype dtype, float* to, std::int64_t count);
   void (*narrow)(const float* from, Dtype dtype, void* to, std::int64_t count);
+  void (*draw)(const RandomStream& stream, std::uint32_t lower, std::uint32_t* bits,
+               std::int64_t count);
+  // Slot 0 is the parameter, others are states.
+  void (*narrow_randomly)(const float* from, const std::uint32_t* bits, int slot, void* to,
+                          std::int64_t count);
+  void (*join)(const void* param, const void* beside, Beside kind, float* to, std::int64_t count);
+  void (*split)(const float* from, const std::uint32_t* bits, void* param, void* beside,
+                Beside kind, std::int64_t count);
+  void (*decode)(const void* codes, const float* scales, StateKind kind, float* to,
+                 std::int64_t count);
+  void (*encode)(const float* from, StateKind kind, void* codes, float* scales, std::int64_t count);
   void (*average)(const void* param, Dtype dtype, float* ema, float weight, std::int64_t count);
   double (*square_sum)(const void* grad, Dtype dtype, std::int64_t count);
   Observation (*observe)(const float* grad, const float* before, const float* after,
@@ -87,6 +111,130 @@ FUSED_ADAMW_HD void widen_any(const void* from, Dtype dtype, float* to, std::int
 
 FUSED_ADAMW_HD void narrow_any(const float* from, Dtype dtype, void* to, std::int64_t count) {
   dtype == Dtype::kBfloat16 ? narrow<bfloat16>(from, to, count) : narrow<float16>(from, to, count);
+}
+
+FUSED_ADAMW_HD void draw_bits(const RandomStream& from, std::uint32_t lower, std::uint32_t* bits,
+                              std::int64_t count) {
+  const RandomStream stream = from;
+  for (std::int64_t i = 0; i < count; ++i) bits[i] = stream.bits(lower + static_cast<uint32_t>(i));
+}
+
+FUSED_ADAMW_HD void narrow_any_randomly(const float* from, const std::uint32_t* bits, int slot,
+                                        void* to, std::int64_t count) {
+  bfloat16* values = static_cast<bfloat16*>(to);
+  const auto round = [&](auto&& random) {
+    FUSED_ADAMW_INDEPENDENT_ITERATIONS
+    for (std::int64_t i = 0; i < count; ++i) {
+      values[i] = rounded_stochastically(from[i], random(bits[i]));
+    }
+  };
+  if (slot == kParam) return round([](std::uint32_t x) { return bits_of_param(x); });
+  const int k = slot - kFirstState;
+  if (k == 0) return round([](std::uint32_t x) { return bits_of_state(x, 0); });
+  if (k == 1) return round([](std::uint32_t x) { return bits_of_state(x, 1); });
+  round([](std::uint32_t x) { return bits_of_state(x, 2); });
+}
+
+template <class Kind>
+FUSED_ADAMW_HD void join(const void* param, const void* beside, float* to, std::int64_t count) {
+  const bfloat16* params = static_cast<const bfloat16*>(param);
+  const auto* besides = static_cast<const typename Kind::Element*>(beside);
+  FUSED_ADAMW_INDEPENDENT_ITERATIONS
+  for (std::int64_t i = 0; i < count; ++i) to[i] = Kind::value(params[i], besides[i]);
+}
+
+template <class Kind>
+FUSED_ADAMW_HD void split(const float* from, const std::uint32_t* bits, void* param, void* beside,
+                          std::int64_t count) {
+  bfloat16* params = static_cast<bfloat16*>(param);
+  auto* besides = static_cast<typename Kind::Element*>(beside);
+  FUSED_ADAMW_INDEPENDENT_ITERATIONS
+  for (std::int64_t i = 0; i < count; ++i) {
+    Kind::store(from[i], std::is_same_v<Kind, Remainder8> ? bits[i] : 0u, params[i], besides[i]);
+  }
+}
+
+// Of a bfloat16 parameter. A master is its value where it is.
+FUSED_ADAMW_HD void join_any(const void* param, const void* beside, Beside kind, float* to,
+                             std::int64_t count) {
+  if (kind == Beside::kRemainder16) return join<Remainder16>(param, beside, to, count);
+  if (kind == Beside::kRemainder8) return join<Remainder8>(param, beside, to, count);
+  join<Compensation>(param, beside, to, count);
+}
+
+FUSED_ADAMW_HD void split_any(const float* from, const std::uint32_t* bits, void* param,
+                              void* beside, Beside kind, std::int64_t count) {
+  if (kind == Beside::kRemainder16) return split<Remainder16>(from, bits, param, beside, count);
+  if (kind == Beside::kRemainder8) return split<Remainder8>(from, bits, param, beside, count);
+  if (kind == Beside::kCompensation) return split<Compensation>(from, bits, param, beside, count);
+  bfloat16* params = static_cast<bfloat16*>(param);  // of a master
+  FUSED_ADAMW_INDEPENDENT_ITERATIONS
+  for (std::int64_t i = 0; i < count; ++i) params[i] = rounded_away(from[i]);
+}
+
+// One block of codes, or what there is of it.
+template <class Codes>
+FUSED_ADAMW_HD void decode_block(const void* from, float scale, float* to, int count) {
+  using Code = std::conditional_t<Codes::kIsSigned, std::int8_t, std::uint8_t>;
+  const Code* codes = static_cast<const Code*>(from);
+  const float unit = Codes::unit_of(scale);
+  FUSED_ADAMW_INDEPENDENT_ITERATIONS
+  for (int i = 0; i < count; ++i) to[i] = Codes::value_of(codes[i], unit);
+}
+
+template <class Codes>
+FUSED_ADAMW_HD float encode_block(const float* from, void* to, int count) {
+  using Code = std::conditional_t<Codes::kIsSigned, std::int8_t, std::uint8_t>;
+  Code* codes = static_cast<Code*>(to);
+  alignas(64) std::uint32_t magnitude[kCodeBlock];
+  std::int32_t largest = 0;  // below 2^31, so as signed as not
+  for (int i = 0; i < count; ++i) {
+    magnitude[i] = Codes::magnitude_bits(from[i]);
+    largest = std::max(largest, static_cast<std::int32_t>(magnitude[i]));
+  }
+  const float scale = Codes::scale_of(static_cast<std::uint32_t>(largest));
+  const float factor = Codes::factor_of(scale);
+  if (factor == 0.0f) {
+    std::memset(codes, 0, static_cast<std::size_t>(count));
+    return scale;
+  }
+  FUSED_ADAMW_INDEPENDENT_ITERATIONS
+  for (int i = 0; i < count; ++i) {
+    codes[i] = static_cast<Code>(Codes::code_of(magnitude[i], from[i] < 0.0f, factor));
+  }
+  return scale;
+}
+
+template <class Codes>
+FUSED_ADAMW_HD void decode(const void* codes, const float* scales, float* to, std::int64_t count) {
+  const auto* bytes = static_cast<const std::uint8_t*>(codes);
+  std::int64_t i = 0;
+  for (; i + kCodeBlock <= count; i += kCodeBlock) {
+    decode_block<Codes>(bytes + i, *scales++, to + i, kCodeBlock);
+  }
+  if (i < count) decode_block<Codes>(bytes + i, *scales, to + i, static_cast<int>(count - i));
+}
+
+template <class Codes>
+FUSED_ADAMW_HD void encode(const float* from, void* codes, float* scales, std::int64_t count) {
+  auto* bytes = static_cast<std::uint8_t*>(codes);
+  std::int64_t i = 0;
+  for (; i + kCodeBlock <= count; i += kCodeBlock) {
+    *scales++ = encode_block<Codes>(from + i, bytes + i, kCodeBlock);
+  }
+  if (i < count) {
+    *scales = encode_block<Codes>(from + i, bytes + i, static_cast<int>(count - i));
+  }
+}
+
+FUSED_ADAMW_HD void decode_any(const void* codes, const float* scales, StateKind kind, float* to,
+                               std::int64_t count) {
+  visit_codes(kind, [&](auto of) { decode<decltype(of)>(codes, scales, to, count); });
+}
+
+FUSED_ADAMW_HD void encode_any(const float* from, StateKind kind, void* codes, float* scales,
+                               std::int64_t count) {
+  visit_codes(kind, [&](auto of) { encode<decltype(of)>(from, codes, scales, count); });
 }
 
 // `ema` follows `param`.
@@ -213,30 +361,97 @@ FUSED_ADAMW_HD void update_pairs(const Row<Functor>& row, Word* const* slot, std
   }
 }
 
-// [note: staging] Arrays of other dtypes pass through buffers of floats in the L1 cache, a block at
-// a time, so that a rule is compiled twice, and not once for every combination of dtypes.
+// [note: staging] Arrays of other formats pass through buffers of floats in the L1 cache, a block
+// at a time, so that a rule is compiled twice, and not once for every format. Blocks begin where
+// blocks of codes do: all ranges of work are cut at multiples of 64.
 constexpr std::int64_t kBlock = 512;
+
+// The full values of parameters: where they are, or in `buffer`.
+FUSED_ADAMW_HD float* full_values(const Work& work, const Tools& tools, float* buffer) {
+  const Format& format = work.format;
+  const std::int64_t count = work.end - work.begin;
+  if (format.beside == Beside::kMaster) return work.beside<float>();
+  if (format.beside == Beside::kNothing && format.param == Dtype::kFloat32) {
+    return work.slot<float>(kParam);
+  }
+  const void* param = work.slot<std::uint16_t>(kParam);
+  if (format.beside == Beside::kNothing) {
+    tools.widen(param, format.param, buffer, count);
+  } else {
+    tools.join(param, work.beside_bytes(), format.beside, buffer, count);
+  }
+  return buffer;
+}
+
+FUSED_ADAMW_HD void store_params(const Work& work, const Tools& tools, const float* values,
+                                 const std::uint32_t* bits) {
+  const Format& format = work.format;
+  const std::int64_t count = work.end - work.begin;
+  if (format.param == Dtype::kFloat32) return;
+  void* param = work.slot<std::uint16_t>(kParam);
+  if (format.stochastic) {
+    tools.narrow_randomly(values, bits, kParam, param, count);
+  } else if (format.beside == Beside::kNothing || format.param == Dtype::kFloat16) {
+    tools.narrow(values, format.param, param, count);
+  } else {
+    tools.split(values, bits, param, work.beside_bytes(), format.beside, count);
+  }
+}
+
+// At most kBlock of them. Indices may pass a multiple of 2^32.
+FUSED_ADAMW_HD void draw(const Work& work, const Tools& tools, std::uint32_t step,
+                         std::uint32_t* bits) {
+  const std::int64_t count = work.end - work.begin;
+  const std::int64_t first = work.tensor.offset + work.begin;
+  const std::int64_t here = std::min(count, (std::int64_t{1} << 32) - (first & 0xffffffff));
+  const auto stream = [&](std::int64_t index) {
+    return RandomStream(work.tensor.key, step, static_cast<std::uint32_t>(index >> 32));
+  };
+  tools.draw(stream(first), static_cast<std::uint32_t>(first), bits, here);
+  if (here < count) tools.draw(stream(first + here), 0, bits + here, count - here);
+}
 
 template <class Functor>
 FUSED_ADAMW_HD void update_staged(const Row<Functor>& row, const Work& work, const Tools& tools) {
   constexpr int kSlots = kFirstState + Functor::kStates;
+  const Format& format = work.format;
   alignas(64) float buffer[kSlots][kBlock];
+  alignas(64) std::uint32_t bits[kBlock];
   float* slot[kSlots];
   for (std::int64_t begin = work.begin; begin < work.end; begin += kBlock) {
     const std::int64_t count = std::min(kBlock, work.end - begin);
-    const auto memory = [&](int k) {
-      const int size = element_size(work.format.of_slot(k));
-      return static_cast<char*>(work.tensor.slot[k]) + begin * size;
+    const Work block{work.tensor, format, work.coefficients, begin, begin + count};
+    const auto scales = [&](int k) {
+      return work.tensor.scale[k] + begin / kCodeBlock;
     };
-    for (int k = 0; k < kSlots; ++k) {
-      const Dtype dtype = work.format.of_slot(k);
-      slot[k] = dtype == Dtype::kFloat32 ? reinterpret_cast<float*>(memory(k)) : buffer[k];
-      if (slot[k] == buffer[k]) tools.widen(memory(k), dtype, buffer[k], count);
+    slot[kParam] = full_values(block, tools, buffer[kParam]);
+    for (int k = kGrad; k < kSlots; ++k) {
+      const Dtype dtype = format.of_slot(k);
+      slot[k] = dtype == Dtype::kFloat32 ? block.slot<float>(k) : buffer[k];
+      if (dtype == Dtype::kBfloat16 || dtype == Dtype::kFloat16) {
+        tools.widen(block.slot<std::uint16_t>(k), dtype, buffer[k], count);
+      }
     }
+    for (int k = 0; k < Functor::kStates && format.state == Dtype::kCode8; ++k) {
+      tools.decode(block.slot<std::uint8_t>(kFirstState + k), scales(k), Functor::kKinds[k],
+                   buffer[kFirstState + k], count);
+    }
+    if (format.draws()) draw(block, tools, row.pass.random_step, bits);
+
     update_floats<Functor>(row, slot, count);
-    for (int k = 0; k < kSlots; ++k) {
-      if (k == kGrad || slot[k] != buffer[k]) continue;
-      tools.narrow(buffer[k], work.format.of_slot(k), memory(k), count);
+
+    store_params(block, tools, slot[kParam], bits);
+    for (int k = 0; k < Functor::kStates; ++k) {
+      const int at = kFirstState + k;
+      if (slot[at] != buffer[at]) continue;
+      if (format.state == Dtype::kCode8) {
+        tools.encode(buffer[at], Functor::kKinds[k], block.slot<std::uint8_t>(at), scales(k),
+                     count);
+      } else if (format.stochastic) {
+        tools.narrow_randomly(buffer[at], bits, at, block.slot<std::uint16_t>(at), count);
+      } else {
+        tools.narrow(buffer[at], format.state, block.slot<std::uint16_t>(at), count);
+      }
     }
   }
 }
@@ -276,6 +491,30 @@ using UpdateSpan = void (*)(const Work&, const Tools&);
   target void narrow_##name(const float* from, Dtype dtype, void* to, std::int64_t count) {     \
     narrow_any(from, dtype, to, count);                                                         \
   }                                                                                             \
+  target void draw_##name(const RandomStream& stream, std::uint32_t lower, std::uint32_t* bits, \
+                          std::int64_t count) {                                                 \
+    draw_bits(stream, lower, bits, count);                                                      \
+  }                                                                                             \
+  target void narrow_randomly_##name(const float* from, const std::uint32_t* bits, int slot,    \
+                                     void* to, std::int64_t count) {                            \
+    narrow_any_randomly(from, bits, slot, to, count);                                           \
+  }                                                                                             \
+  target void join_##name(const void* param, const void* beside, Beside kind, float* to,        \
+                          std::int64_t count) {                                                 \
+    join_any(param, beside, kind, to, count);                                                   \
+  }                                                                                             \
+  target void split_##name(const float* from, const std::uint32_t* bits, void* param,           \
+                           void* beside, Beside kind, std::int64_t count) {                     \
+    split_any(from, bits, param, beside, kind, count);                                          \
+  }                                                                                             \
+  target void decode_##name(const void* codes, const float* scales, StateKind kind, float* to,  \
+                            std::int64_t count) {                                               \
+    decode_any(codes, scales, kind, to, count);                                                 \
+  }                                                                                             \
+  target void encode_##name(const float* from, StateKind kind, void* codes, float* scales,      \
+                            std::int64_t count) {                                               \
+    encode_any(from, kind, codes, scales, count);                                               \
+  }                                                                                             \
   target void average_##name(const void* param, Dtype dtype, float* ema, float weight,          \
                              std::int64_t count) {                                              \
     average_any(param, dtype, ema, weight, count);                                              \
@@ -287,8 +526,10 @@ using UpdateSpan = void (*)(const Work&, const Tools&);
                                     std::int64_t count) {                                       \
     return observe_floats(grad, before, after, count);                                          \
   }                                                                                             \
-  constexpr Tools kTools_##name{widen_##name, narrow_##name, average_##name, square_sum_##name, \
-                                observe_##name};
+  constexpr Tools kTools_##name{widen_##name,           narrow_##name, draw_##name,             \
+                                narrow_randomly_##name, join_##name,   split_##name,            \
+                                decode_##name,          encode_##name, average_##name,          \
+                                square_sum_##name,      observe_##name};
 
 FUSED_ADAMW_LEVEL(baseline, )
 #if defined(__x86_64__)
@@ -327,11 +568,11 @@ Code find_code(int functor, SimdLevel level) {
   return {update, tools_at(level)};
 }
 
-// Elements as floats: where they are, or in `buffer`.
-const float* as_floats(const Tools& tools, const Work& work, int slot, float* buffer) {
-  const Dtype dtype = work.format.of_slot(slot);
-  if (dtype == Dtype::kFloat32) return work.slot<float>(slot);
-  tools.widen(work.slot<std::uint16_t>(slot), dtype, buffer, work.end - work.begin);
+// Gradients as floats: where they are, or in `buffer`.
+const float* gradients(const Work& work, const Tools& tools, float* buffer) {
+  const Dtype dtype = work.format.grad;
+  if (dtype == Dtype::kFloat32) return work.slot<float>(kGrad);
+  tools.widen(work.slot<std::uint16_t>(kGrad), dtype, buffer, work.end - work.begin);
   return buffer;
 }
 
@@ -341,33 +582,34 @@ Observation update_in_blocks(const Bucket& bucket, const Code& code, const Work&
   const float weight = reinterpret_cast<const PassCoefficients*>(
                            work.coefficients + bucket.coefficients_per_row - kPassCoefficients)
                            ->ema_weight;
-  const int param_size = element_size(bucket.format.param);
   const int grad_size = element_size(bucket.format.grad);
   alignas(64) float before[kPassBlock], after[kPassBlock], grad[kPassBlock];
   Observation sum{};
   for (std::int64_t begin = work.begin; begin < work.end; begin += kPassBlock) {
     const std::int64_t end = std::min(work.end, begin + kPassBlock), count = end - begin;
     const Work block{work.tensor, work.format, work.coefficients, begin, end};
-    char* param = static_cast<char*>(work.tensor.slot[kParam]) + begin * param_size;
     float* ema = bucket.has_ema ? work.tensor.ema + begin : nullptr;
     if (ema != nullptr) {
       for (std::int64_t i = 0; i < count; i += 64 / sizeof(float)) __builtin_prefetch(ema + i, 1);
     }
     if (bucket.observed != nullptr) {
-      const float* values = as_floats(tools, block, kParam, before);
+      const float* values = full_values(block, tools, before);
       if (values != before) std::copy_n(values, count, before);
     }
 
     code.update(block, tools);
 
-    if (ema != nullptr) tools.average(param, bucket.format.param, ema, weight, count);
+    if (ema != nullptr && work.format.beside == Beside::kNothing) {
+      tools.average(block.slot_bytes(kParam), work.format.param, ema, weight, count);
+    } else if (ema != nullptr) {
+      tools.average(full_values(block, tools, after), Dtype::kFloat32, ema, weight, count);
+    }
     if (bucket.observed != nullptr) {
-      sum = sum + tools.observe(as_floats(tools, block, kGrad, grad), before,
-                                as_floats(tools, block, kParam, after), count);
+      sum = sum + tools.observe(gradients(block, tools, grad), before,
+                                full_values(block, tools, after), count);
     }
     if (bucket.zero_grads) {
-      std::memset(static_cast<char*>(work.tensor.slot[kGrad]) + begin * grad_size, 0,
-                  static_cast<std::size_t>(count * grad_size));
+      std::memset(block.slot_bytes(kGrad), 0, static_cast<std::size_t>(count * grad_size));
     }
   }
   return sum;

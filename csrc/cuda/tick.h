@@ -126,7 +126,8 @@ FUSED_ADAMW_HD void tick_parameter(const TickArguments& arguments, const Decisio
     memcpy(row, &c, sizeof c);
     const bool begins = parameter.averaged && *parameter.averaged == 0.0f;
     const PassCoefficients pass{decision.grad_factor,
-                                begins ? 1.0f : static_cast<float>(group.ema_weight)};
+                                begins ? 1.0f : static_cast<float>(group.ema_weight),
+                                static_cast<std::uint32_t>(*group.schedule_step)};
     memcpy(row + sizeof c / sizeof(float), &pass, sizeof pass);
   });
   *parameter.step += 1.0f;

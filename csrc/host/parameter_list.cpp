@@ -114,6 +114,8 @@ void ParameterList::register_entry(std::size_t i) {
 
 void ParameterList::register_state(Entry& entry, std::size_t i, py::dict state) {
   const py::tuple names = registration_.names[i];
+  const py::tuple scales = registration_.scales[i];
+  const bool is_coded = !scales.empty();
   entry.states_by_name = state.ptr();
   dlpack::Tensor tensor;
   const auto read = [&](const std::string& name) {
@@ -124,26 +126,35 @@ void ParameterList::register_state(Entry& entry, std::size_t i, py::dict state) 
     return value;
   };
 
-  // An array of the parameter's shape, brought to its strides.
-  const auto read_array = [&](const py::str& key, const char* accepted, auto&& accepts) {
-    const std::string name = key;
+  const auto read_here = [&](const std::string& name) {
     PyObject* value = read(name);
     if (!(tensor.device == entry.device)) {
       fail(PyExc_RuntimeError, entry,
            "is on " + device_name(entry.device) + ", its state '" + name + "' on " +
                device_name(tensor.device));
     }
+    return value;
+  };
+  // An array of the parameter's shape, brought to its strides. `accepts` takes its dtype.
+  const auto read_array = [&](const py::str& key, const std::string& accepted, auto&& accepts) {
+    const std::string name = key;
+    PyObject* value = read_here(name);
     if (!same_shape(entry, tensor)) {
       fail(PyExc_ValueError, entry,
            "has shape " + shape_of(entry) + ", its state '" + name + "' " +
                shape_name(tensor.ndim, tensor.shape));
     }
-    Dtype dtype;
-    if (!to_dtype(tensor.dtype, dtype) || !accepts(dtype)) {
+    if (!accepts(tensor.dtype)) {
       fail(PyExc_TypeError, entry,
            "has a state '" + name + "' of dtype " + dtype_name(value) + "; accepted: " + accepted);
     }
     if (!same_strides(entry, tensor)) {
+      if (is_coded) {
+        fail(PyExc_ValueError, entry,
+             "has strides " + shape_name(entry.ndim, dims_.data() + entry.dims + entry.ndim) +
+                 ", its codes '" + name + "' " + shape_name(tensor.ndim, tensor.strides) +
+                 "; accepted: the same, since blocks of codes lie in the order of memory");
+      }
       state[key] = registration_.restride(py::handle(value), py::handle(entry.param));
       value = read(name);
     }
@@ -152,21 +163,53 @@ void ParameterList::register_state(Entry& entry, std::size_t i, py::dict state) 
   };
 
   entry.states = static_cast<int>(names.size());
-  entry.state_dtype = entry.dtype;
+  entry.state_dtype = is_coded ? Dtype::kCode8 : entry.dtype;
   entry.fresh = registration_.fresh[i].cast<bool>();
+  entry.stochastic = registration_.stochastic[i].cast<bool>();
+  entry.key = registration_.keys[i].cast<std::uint64_t>();
   for (int k = 0; k < entry.states; ++k) {
     const py::str key = names[static_cast<std::size_t>(k)];
-    entry.state[k] =
-        read_array(key, "float32, bfloat16 or float16, the same for every state", [&](Dtype dtype) {
-          if (k == 0) entry.state_dtype = dtype;
-          return dtype == entry.state_dtype;
-        });
+    if (is_coded) {
+      entry.state[k] = read_array(key, "int8 or uint8", [&](dlpack::DataType dtype) {
+        entry.is_signed[k] = dtype.code == dlpack::kInt;
+        return dtype.bits == 8 && (dtype.code == dlpack::kInt || dtype.code == dlpack::kUInt);
+      });
+      const std::string name = py::str(scales[static_cast<std::size_t>(k)]);
+      PyObject* value = read_here(name);
+      const std::int64_t blocks = (entry.numel + kCodeBlock - 1) / kCodeBlock;
+      if (!is_float(tensor.dtype, 32) || tensor.ndim != 1 || tensor.shape[0] != blocks ||
+          (blocks > 1 && tensor.strides[0] != 1)) {
+        fail(PyExc_ValueError, entry,
+             "has a state '" + name + "' of dtype " + dtype_name(value) + " and shape " +
+                 shape_name(tensor.ndim, tensor.shape) +
+                 "; accepted: float32, contiguous, shape (" + std::to_string(blocks) +
+                 ",), one for each block of codes");
+      }
+      keep(value);
+      entry.scale[k] = {value, static_cast<float*>(address(tensor))};
+    } else {
+      const char* accepted = "float32, bfloat16 or float16, the same for every state";
+      entry.state[k] = read_array(key, accepted, [&](dlpack::DataType found) {
+        Dtype dtype;
+        if (!to_dtype(found, dtype)) return false;
+        if (k == 0) entry.state_dtype = dtype;
+        return dtype == entry.state_dtype;
+      });
+    }
+  }
+
+  const py::object beside = registration_.besides[i];
+  if (!beside.is_none()) {
+    const auto [kind, key] = beside.cast<std::pair<std::string, py::str>>();
+    entry.beside_kind = beside_of(kind);
+    entry.beside = read_array(key, beside_dtype_name(entry.beside_kind),
+                              [&](dlpack::DataType x) { return is_beside(entry.beside_kind, x); });
   }
 
   const py::object average = registration_.averages[i];
   if (!average.is_none()) {
     const StateMemory<void> ema =
-        read_array(average, "float32", [](Dtype dtype) { return dtype == Dtype::kFloat32; });
+        read_array(average, "float32", [](dlpack::DataType dtype) { return is_float(dtype, 32); });
     entry.ema = {ema.object, static_cast<float*>(ema.memory)};
     entry.unaveraged = registration_.unaveraged[i].cast<bool>();
   }
@@ -176,7 +219,7 @@ void ParameterList::register_state(Entry& entry, std::size_t i, py::dict state) 
     const bool at_home = registration_.on_device ? tensor.device == entry.device
                                                  : tensor.device.type == dlpack::kCpu;
     if (!at_home || count_elements(tensor.ndim, tensor.shape) != 1 ||
-        tensor.dtype.code != dlpack::kFloat || tensor.dtype.bits != bits) {
+        !is_float(tensor.dtype, bits)) {
       fail(PyExc_TypeError, entry,
            "has a state '" + name + "' of dtype " + dtype_name(value) + " and shape " +
                shape_name(tensor.ndim, tensor.shape) + " on " + device_name(tensor.device) +
@@ -306,6 +349,9 @@ bool ParameterList::gather(const std::vector<const Hyperparameters*>& groups,
     if (route == nullptr || !route->fits(entry, grad_dtype, at)) {
       const Hyperparameters& group = *groups.at(static_cast<std::size_t>(entry.group));
       if (entry.states != group.states) return false;
+      if (entry.state_dtype == Dtype::kCode8) {
+        check_codes(entry, functor_info(group.functor).kinds);
+      }
       route = &route_of(entry, group, grad_dtype, at);
     }
     TensorEntry& tensor = route->bucket->tensors.emplace_back();
@@ -315,6 +361,10 @@ bool ParameterList::gather(const std::vector<const Hyperparameters*>& groups,
       tensor.slot[kFirstState + k] = entry.state[k].memory;
     }
     tensor.ema = entry.ema.memory;
+    tensor.beside = entry.beside.memory;
+    for (int k = 0; k < kMaxStates; ++k) tensor.scale[k] = entry.scale[k].memory;
+    tensor.key = entry.key;
+    tensor.offset = 0;
     tensor.numel = entry.numel;
     tensor.row = registration_.on_device ? static_cast<std::int32_t>(i) : route->row;
     tensor.chunk = chunks_;
@@ -328,6 +378,17 @@ bool ParameterList::gather(const std::vector<const Hyperparameters*>& groups,
   }
   if (options.zero_grads) check_gradients_disjoint();
   return true;
+}
+
+void ParameterList::check_codes(const Entry& entry, const std::vector<StateKind>& kinds) const {
+  for (int k = 0; k < entry.states; ++k) {
+    const StateKind kind = kinds[static_cast<std::size_t>(k)];
+    if (entry.is_signed[k] == (kind == StateKind::kSigned)) continue;
+    fail(PyExc_TypeError, entry,
+         std::string("has codes of dtype ") + (entry.is_signed[k] ? "int8" : "uint8") +
+             " for a state that is a " + kStateKindNames[static_cast<int>(kind)] +
+             "; accepted: " + (entry.is_signed[k] ? "uint8" : "int8"));
+  }
 }
 
 void ParameterList::count_chunks(const Entry& entry) {
@@ -402,8 +463,9 @@ bool ParameterList::Route::fits(const Entry& entry, Dtype grad_dtype,
                                 const Position& position) const {
   return position == at && entry.group == group && entry.unaveraged == unaveraged &&
          grad_dtype == bucket->format.grad && entry.dtype == bucket->format.param &&
-         entry.state_dtype == bucket->format.state && entry.device.type == bucket->device_type &&
-         entry.device.index == bucket->device_index;
+         entry.state_dtype == bucket->format.state && entry.beside_kind == bucket->format.beside &&
+         entry.stochastic == bucket->format.stochastic &&
+         entry.device.type == bucket->device_type && entry.device.index == bucket->device_index;
 }
 
 // Param groups often have the same values, and a launch takes but so many rows: the last row gives
@@ -425,7 +487,9 @@ std::int32_t ParameterList::share_last_row(Bucket& bucket) {
 const ParameterList::Route& ParameterList::route_of(const Entry& entry,
                                                     const Hyperparameters& group, Dtype grad_dtype,
                                                     const Position& at) {
-  Bucket& bucket = bucket_for(entry, group.functor, {entry.dtype, grad_dtype, entry.state_dtype});
+  Bucket& bucket =
+      bucket_for(entry, group.functor,
+                 {entry.dtype, grad_dtype, entry.state_dtype, entry.beside_kind, entry.stochastic});
   bucket.coefficients_per_row = group.coefficients + kPassCoefficients;
   const auto [found, is_new] =
       routes_.try_emplace({&bucket, entry.group, entry.unaveraged, at.t, at.scalar},
@@ -436,7 +500,10 @@ const ParameterList::Route& ParameterList::route_of(const Entry& entry,
     const DefaultFloatEnvironment environment;
     Position after = at;
     group.coefficients_at(after, bucket.coefficients.data() + size);
-    bucket.pass(found->second.row) = {1.0f, entry.unaveraged ? 1.0f : options_.ema_weight};
+    const std::int64_t steps =
+        bucket.format.draws() ? options_.steps.at(static_cast<std::size_t>(entry.group)) : 0;
+    bucket.pass(found->second.row) = {1.0f, entry.unaveraged ? 1.0f : options_.ema_weight,
+                                      static_cast<std::uint32_t>(steps)};
     found->second.scalar = after.scalar;
     found->second.row = share_last_row(bucket);
   }
@@ -503,9 +570,9 @@ bool ParameterList::states_unchanged(const Entry& entry, bool is_held) const {
     return false;
   };
   for (int k = 0; k < entry.states; ++k) {
-    if (!same(entry.state[k])) return false;
+    if (!same(entry.state[k]) || !same(entry.scale[k])) return false;
   }
-  return same(entry.step) && same(entry.scalar) && same(entry.ema);
+  return same(entry.step) && same(entry.scalar) && same(entry.ema) && same(entry.beside);
 }
 
 bool ParameterList::same_shape(const Entry& entry, const dlpack::Tensor& tensor) const {
@@ -599,15 +666,22 @@ bool ParameterList::Range::before(const Range& other) const {
 // Parameters and states: registered once, so sorted once.
 void ParameterList::check_overlaps() {
   for (const Entry& entry : entries_) {
-    const auto add = [&](const void* memory, Dtype dtype) {
+    const auto add = [&](const void* memory, std::int64_t bytes) {
       const auto* begin = static_cast<const char*>(memory);
-      if (entry.numel) {
-        ranges_.push_back({begin, begin + entry.numel * element_size(dtype), &entry});
-      }
+      if (bytes) ranges_.push_back({begin, begin + bytes, &entry});
     };
-    add(entry.data, entry.dtype);
-    for (int k = 0; k < entry.states; ++k) add(entry.state[k].memory, entry.state_dtype);
-    if (entry.ema.object != nullptr) add(entry.ema.memory, Dtype::kFloat32);
+    const std::int64_t numel = entry.numel;
+    add(entry.data, numel * element_size(entry.dtype));
+    for (int k = 0; k < entry.states; ++k) {
+      add(entry.state[k].memory, numel * element_size(entry.state_dtype));
+      if (entry.scale[k].object != nullptr) {
+        add(entry.scale[k].memory, (numel + kCodeBlock - 1) / kCodeBlock * 4);
+      }
+    }
+    if (entry.beside.object != nullptr) {
+      add(entry.beside.memory, numel * besides_size(entry.beside_kind));
+    }
+    if (entry.ema.object != nullptr) add(entry.ema.memory, numel * 4);
   }
   std::sort(ranges_.begin(), ranges_.end(),
             [](const Range& x, const Range& y) { return x.before(y); });

@@ -29,6 +29,10 @@ struct Registration {
   py::list counts;      // whether its state has a 'step'
   py::list scalars;     // the key of what its rule carries from step to step, or None
   py::list fresh;       // whether its state has been created for this step
+  py::list besides;     // (name of what is beside it: storage/beside.h, its key), or None
+  py::list scales;      // a tuple of the keys of its states' scales; empty where none are coded
+  py::list stochastic;  // whether it is rounded stochastically
+  py::list keys;        // of its random bits
   py::list averages;    // the key of its exponential moving average, or None
   py::list unaveraged;  // whether its average begins with its next step
   py::list active;      // whether it can have a gradient; what cannot may be of any kind
@@ -49,6 +53,7 @@ struct GradientReader {
 struct StepOptions {
   float ema_weight = 1.0f;  // of the new parameters in their averages
   bool zero_grads = false;
+  std::vector<std::int64_t> steps;  // taken by each param group, where anything is drawn
 };
 
 // Chunks [begin, begin + count) of the list, of one param group.
@@ -129,11 +134,17 @@ class ParameterList {
     bool has_state;
     int states;
     Dtype state_dtype;
+    Beside beside_kind;
+    bool stochastic;
+    std::uint64_t key;
     PyObject* param;
     void* data;
     bool active;
     PyObject* states_by_name;  // the dict of the following
     StateMemory<void> state[kMaxStates];
+    bool is_signed[kMaxStates];  // of codes
+    StateMemory<void> beside;    // null where there is nothing
+    StateMemory<float> scale[kMaxStates];
     StateMemory<float> step;     // null where the rule counts none
     StateMemory<double> scalar;  // likewise
     StateMemory<float> ema;      // null where there is none
@@ -182,6 +193,7 @@ class ParameterList {
                         const Position& at);
   Bucket& bucket_for(const Entry& entry, int functor, const Format& format);
   static std::int32_t share_last_row(Bucket& bucket);
+  void check_codes(const Entry& entry, const std::vector<StateKind>& kinds) const;
   void count_chunks(const Entry& entry);
   void check_gradient_memory(const Entry& entry, const void* grad, Dtype dtype) const;
   void check_overlaps();

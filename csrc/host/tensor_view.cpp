@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <functional>
+#include <iterator>
 #include <numeric>
 #include <stdexcept>
 #include <vector>
@@ -89,9 +90,34 @@ std::string describe(PyObject* object) {
          std::string(py::str(handle.attr("device")));
 }
 
+Beside beside_of(const std::string& name) {
+  for (std::size_t i = 0; i < std::size(kBesideNames); ++i) {
+    if (name == kBesideNames[i]) return static_cast<Beside>(i);
+  }
+  throw py::value_error("beside: found '" + name + "'");
+}
+
+const char* beside_dtype_name(Beside beside) {
+  constexpr const char* kNames[] = {"", "float32", "int16", "int8", "bfloat16"};
+  return kNames[static_cast<int>(beside)];
+}
+
+bool is_beside(Beside beside, dlpack::DataType dtype) {
+  constexpr dlpack::DataType kDtypes[] = {{},
+                                          {dlpack::kFloat, 32, 1},
+                                          {dlpack::kInt, 16, 1},
+                                          {dlpack::kInt, 8, 1},
+                                          {dlpack::kBfloat, 16, 1}};
+  return dtype == kDtypes[static_cast<int>(beside)];
+}
+
 std::string format_name(const Format& format) {
   const auto name = [](Dtype dtype) { return std::string(kDtypeNames[static_cast<int>(dtype)]); };
-  return name(format.param) + "/" + name(format.grad) + "/" + name(format.state);
+  std::string text = name(format.param) + "/" + name(format.grad) + "/" + name(format.state);
+  if (format.beside != Beside::kNothing) {
+    text += std::string(" with ") + kBesideNames[static_cast<int>(format.beside)];
+  }
+  return format.stochastic ? text + " rounded stochastically" : text;
 }
 
 std::string supported_formats() {

@@ -39,6 +39,14 @@ bool is_dense(int ndim, const std::int64_t* shape, const std::int64_t* strides);
 // False if the dtype is none that a rule can work on.
 bool to_dtype(dlpack::DataType dtype, Dtype& out);
 
+inline bool is_float(dlpack::DataType dtype, int bits) {
+  return dtype.code == dlpack::kFloat && dtype.bits == bits && dtype.lanes == 1;
+}
+// What lies beside a parameter, by name; and of which dtype it is.
+Beside beside_of(const std::string& name);
+const char* beside_dtype_name(Beside beside);
+bool is_beside(Beside beside, dlpack::DataType dtype);
+
 std::string dtype_name(PyObject* tensor);
 std::string device_name(dlpack::Device device);
 std::string shape_name(int ndim, const std::int64_t* shape);

@@ -23,6 +23,7 @@ struct Adadelta {
   static constexpr std::array<bool, 0> kOptions{};
   enum State { kSquareAvg, kAccDelta };
   static constexpr int kStates = 2;
+  static constexpr StateKind kKinds[] = {StateKind::kSquare, StateKind::kSquare};
 
   FUSED_ADAMW_HD static void update(const AdadeltaCoefficients& c, float& param, float grad,
                                     float (&state)[kStates]) {

@@ -22,6 +22,7 @@ struct Adagrad {
   static constexpr const char* kName = "adagrad";
   static constexpr std::array<bool, 0> kOptions{};
   static constexpr int kStates = 1;
+  static constexpr StateKind kKinds[] = {StateKind::kSquare};
 
   FUSED_ADAMW_HD static void update(const AdagradCoefficients& c, float& param, float grad,
                                     float (&state)[kStates]) {

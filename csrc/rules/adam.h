@@ -29,6 +29,8 @@ struct Adam {
   static constexpr std::array<bool, 3> kOptions{kL2, kAmsgrad, kNesterov};
   enum State { kExpAvg, kExpAvgSq, kMaxExpAvgSq };
   static constexpr int kStates = kAmsgrad ? 3 : 2;
+  static constexpr StateKind kKinds[] = {StateKind::kSigned, StateKind::kSquare,
+                                         StateKind::kSquare};
 
   FUSED_ADAMW_HD static void update(const AdamCoefficients& c, float& param, float grad,
                                     float (&state)[kStates]) {

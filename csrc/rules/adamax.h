@@ -24,6 +24,7 @@ struct Adamax {
   static constexpr std::array<bool, 0> kOptions{};
   enum State { kExpAvg, kExpInf };
   static constexpr int kStates = 2;
+  static constexpr StateKind kKinds[] = {StateKind::kSigned, StateKind::kMagnitude};
 
   FUSED_ADAMW_HD static void update(const AdamaxCoefficients& c, float& param, float grad,
                                     float (&state)[kStates]) {

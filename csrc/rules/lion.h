@@ -20,6 +20,7 @@ struct Lion {
   static constexpr const char* kName = "lion";
   static constexpr std::array<bool, 0> kOptions{};
   static constexpr int kStates = 1;
+  static constexpr StateKind kKinds[] = {StateKind::kSigned};
 
   FUSED_ADAMW_HD static void update(const LionCoefficients& c, float& param, float grad,
                                     float (&state)[kStates]) {

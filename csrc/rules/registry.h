@@ -76,6 +76,7 @@ struct FunctorInfo {
   const char* name;
   std::vector<bool> options;
   int states;
+  std::vector<StateKind> kinds;  // of the states
   int coefficients;
 };
 
@@ -129,10 +130,10 @@ namespace detail {
 
 template <class... Functor>
 std::vector<FunctorInfo> describe_functors(Types<Functor...>) {
-  return {FunctorInfo{Functor::kName,
-                      std::vector<bool>(Functor::kOptions.begin(), Functor::kOptions.end()),
-                      Functor::kStates,
-                      static_cast<int>(sizeof(typename Functor::Coefficients) / sizeof(float))}...};
+  return {FunctorInfo{
+      Functor::kName, std::vector<bool>(Functor::kOptions.begin(), Functor::kOptions.end()),
+      Functor::kStates, std::vector<StateKind>(Functor::kKinds, Functor::kKinds + Functor::kStates),
+      static_cast<int>(sizeof(typename Functor::Coefficients) / sizeof(float))}...};
 }
 
 }  // namespace detail

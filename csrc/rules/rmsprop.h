@@ -26,6 +26,8 @@ struct Rmsprop {
   static constexpr std::array<bool, 2> kOptions{kCentered, kMomentum};
   enum State { kSquareAvg, kNext };  // then grad_avg, then momentum_buffer
   static constexpr int kStates = 1 + kCentered + kMomentum;
+  static constexpr StateKind kKinds[] = {StateKind::kSquare, StateKind::kSigned,
+                                         StateKind::kSigned};
 
   FUSED_ADAMW_HD static void update(const RmspropCoefficients& c, float& param, float grad,
                                     float (&state)[kStates]) {

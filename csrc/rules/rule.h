@@ -15,6 +15,7 @@
 //   kName, kOptions  what the Triton function is called and told
 //   Coefficients     floats only: an engine sees a row of them, uniform in a step
 //   kStates          arrays of the parameter's shape that it keeps
+//   kKinds           what numbers they have (at least one is named)
 //   update(coefficients, param, grad, state)
 #pragma once
 
@@ -24,6 +25,7 @@
 
 #include "core/closed_forms.h"
 #include "core/platform.h"
+#include "core/state_kind.h"
 
 namespace fused_adamw {
 

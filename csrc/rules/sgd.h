@@ -23,6 +23,7 @@ struct Sgd {
   static constexpr const char* kName = "sgd";
   static constexpr std::array<bool, 2> kOptions{kMomentum, kNesterov};
   static constexpr int kStates = kMomentum ? 1 : 0;
+  static constexpr StateKind kKinds[] = {StateKind::kSigned};
 
   FUSED_ADAMW_HD static void update(const SgdCoefficients& c, float& param, float grad,
                                     StateArray<kStates>& state) {

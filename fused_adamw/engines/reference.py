@@ -43,7 +43,7 @@ def run(bucket: Any, hyperparameters: Sequence[Any]) -> None:
     slots = bucket.addresses.shape[1]
     dtypes = (bucket.param_dtype, bucket.grad_dtype, *[state_dtype] * (slots - 2))
     averages = bucket.emas if len(bucket.emas) else [None] * len(bucket.numels)
-    shared = bucket.coefficients[bucket.rows, -2:]
+    shared = bucket.coefficients[bucket.rows, -3:-1]
     columns = (bucket.addresses, averages, bucket.numels, bucket.chunks, bucket.groups)
     for addresses, average, numel, chunk, group, step, scalar, (grad_factor, ema_weight) in zip(
         *columns, bucket.steps, bucket.scalars, shared, strict=True
