@@ -282,8 +282,9 @@ PYBIND11_MODULE(_C, m) {
   py::list decays;
   for (const char* name : kDecayNames) decays.append(name);
   m.attr("DECAYS") = py::tuple(decays);
-  py::list formats;
+  py::list formats;  // of numbers that are rounded to nearest, with nothing beside them
   for (const Format& f : kFormats) {
+    if (!f.is_plain()) continue;
     formats.append(py::make_tuple(name_of(f.param), name_of(f.grad), name_of(f.state)));
   }
   m.attr("FORMATS") = py::tuple(formats);
