@@ -9,7 +9,9 @@ from fused_adamw.adam import FusedAdam, FusedAdamProx, FusedAdamW
 from fused_adamw.adamax import FusedAdamax
 from fused_adamw.engines import available_engines, engine_status
 from fused_adamw.lion import FusedLion
+from fused_adamw.memory_report import MemoryReport
 from fused_adamw.nadam import FusedNadam, FusedNadamW
+from fused_adamw.optimizer import master_parameters
 from fused_adamw.rmsprop import FusedRMSprop
 from fused_adamw.sgd import FusedSGD, FusedSGDW
 from fused_adamw.step_in_backward import step_in_backward
@@ -32,10 +34,12 @@ __all__ = [
     "FusedRMSprop",
     "FusedSGD",
     "FusedSGDW",
+    "MemoryReport",
     "available_engines",
     "convert_weight_decay",
     "engine_status",
     "functional",
+    "master_parameters",
     "normalized_weight_decay",
     "schedules",
     "step_in_backward",

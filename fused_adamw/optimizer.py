@@ -12,7 +12,7 @@ from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from itertools import chain
-from typing import TYPE_CHECKING, Any, TypedDict, TypeVar, overload
+from typing import TYPE_CHECKING, Any, TypeAlias, TypedDict, TypeVar, overload
 
 import torch
 from torch import Tensor
@@ -26,6 +26,20 @@ from fused_adamw.device_step import Amp, DeviceInputs, DeviceStep, GroupPlan, pl
 from fused_adamw.engines import check_engine, engine_status
 from fused_adamw.hyperparameters import group_keys, hyperparameters, values_of
 from fused_adamw.measurements import GroupTelemetry, Measurements
+from fused_adamw.memory_report import MemoryReport, PlannedTensor, memory_report
+from fused_adamw.precision import (
+    BESIDE_KEYS,
+    STATE_KINDS,
+    Layout,
+    beside_of,
+    check_precision,
+    convert_state,
+    decoded_states,
+    full_value,
+    layout_of,
+    scale_key,
+    stored_state,
+)
 from fused_adamw.registration import Member, RegisteredList
 from fused_adamw.schedules import Schedule, from_description
 from fused_adamw.weight_decay import convert_weight_decay
@@ -37,7 +51,8 @@ if TYPE_CHECKING:
 PARAM_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Attributes that copies and pickles keep, beside what torch keeps.
 _KEPT = (
-    *("engine", "state_dtype", "max_grad_norm", "skip_nonfinite", "norm_process_groups"),
+    *("engine", "precision", "stochastic_rounding", "remainder_bits", "state_dtype"),
+    *("max_grad_norm", "skip_nonfinite", "norm_process_groups"),
     *("ema_decay", "zero_grads", "collect_telemetry"),
 )
 _PLAIN = frozenset({float, int, bool, str, type(None)})
@@ -49,6 +64,8 @@ _FLAG = "decoupled_weight_decay"  # torch's name for the convention of decay, ke
 _RULES_KEYS = {_FLAG}.union(*map(group_keys, _C.RULES))
 Loss = TypeVar("Loss")
 States = defaultdict[Tensor, dict[str, Any]]
+# Of a parameter, by its name, if it has one, and itself.
+Precision: TypeAlias = Callable[[str | None, Tensor], str | None]
 # Of a parameter its param group, its place there and its number among all.
 Place = tuple[int, int, int]
 
@@ -59,6 +76,10 @@ class Options(TypedDict, total=False):
     engine: str
     schedule_multiplier: float
     schedule: Schedule | None
+    precision: str | Precision | None
+    stochastic_rounding: bool
+    seed: int
+    remainder_bits: int
     state_dtype: torch.dtype | None
     max_grad_norm: float | Tensor | None
     skip_nonfinite: bool
@@ -97,7 +118,18 @@ class FusedOptimizer(Optimizer):
         schedule_multiplier: eta, >= 0; a value of the param group, which may be set at any time.
         schedule: one of `fused_adamw.schedules`, which sets eta before every step by the number of
             steps taken; both are kept in checkpoints. A group may have its own.
-        state_dtype: dtype of the states; by default the parameter's.
+        precision: how 16-bit parameters and states are kept: ``"bf16"``, ``"master"``,
+            ``"split"``, ``"kahan"`` or ``"8bit"``, which is of float32 parameters too; float32
+            parameters beside the others, and all with ``"fp32"``, are kept as they are. None: as
+            their dtype says, states too. A function of a parameter's name (None without one) and
+            the parameter may choose for each. See docs/precision.md.
+        stochastic_rounding: whether bfloat16 parameters and states are rounded up or down with
+            the probability that makes the mean exact, with ``precision`` None or ``"bf16"``.
+        seed: of the random bits of such rounding and of 8-bit remainders, in [0, 2^53]; a value of
+            the param group, kept in checkpoints. Bits follow from it, the parameter's number, the
+            group's ``schedule_step`` and the element's index alone.
+        remainder_bits: 8 or 16: what ``"8bit"`` keeps beside bfloat16 parameters.
+        state_dtype: dtype of the states; by default the format's.
         max_grad_norm: > 0. Gradients, unscaled, are shrunk as by
             `torch.nn.utils.clip_grad_norm_` over all param groups, where they are read: memory
             keeps them as they are. The norm is in `grad_norm`.
@@ -148,6 +180,10 @@ class FusedOptimizer(Optimizer):
         engine: str = "auto",
         schedule_multiplier: float = 1.0,
         schedule: Schedule | None = None,
+        precision: str | Precision | None = None,
+        stochastic_rounding: bool = False,
+        seed: int = 0,
+        remainder_bits: int = 8,
         state_dtype: torch.dtype | None = None,
         max_grad_norm: float | Tensor | None = None,
         skip_nonfinite: bool = False,
@@ -157,9 +193,16 @@ class FusedOptimizer(Optimizer):
         telemetry: bool = False,
     ) -> None:
         check_engine(engine)
-        if state_dtype is not None and state_dtype not in PARAM_DTYPES:
-            raise TypeError(f"state_dtype: found {state_dtype}, accepted: None or {PARAM_DTYPES}")
+        check_precision(
+            None if callable(precision) else precision,
+            stochastic_rounding=stochastic_rounding,
+            state_dtype=state_dtype,
+            remainder_bits=8 if callable(precision) else remainder_bits,
+        )
         self.engine = engine
+        self.precision = precision
+        self.stochastic_rounding = stochastic_rounding
+        self.remainder_bits = remainder_bits
         self.state_dtype = state_dtype
         self._registered: RegisteredList | None = None
         self._registered_alone: dict[Tensor, RegisteredList] = {}
@@ -181,6 +224,7 @@ class FusedOptimizer(Optimizer):
             "schedule_multiplier": schedule_multiplier,
             "schedule": schedule,
             "schedule_step": 0,
+            "seed": seed,
         }
         super().__init__(params, defaults)
 
@@ -198,6 +242,7 @@ class FusedOptimizer(Optimizer):
                 f"schedule: found {schedule!r}, accepted: None or one of fused_adamw.schedules"
             )
         checks.count("schedule_step", group["schedule_step"], at_least=0)
+        checks.count("seed", group["seed"], at_least=0)
         if group["differentiable"]:
             raise RuntimeError(
                 "differentiable: found True, accepted: False (a fused update has no derivative)"
@@ -297,6 +342,12 @@ class FusedOptimizer(Optimizer):
                 raise TypeError(
                     f"{label} has dtype {param.dtype}; accepted: float32, bfloat16, float16"
                 )
+            if param.requires_grad:
+                try:
+                    self._layout(group, i)
+                except (TypeError, ValueError) as error:
+                    label = _label(self._count_params(index) + i, group, i)
+                    raise type(error)(f"{label}: {error}") from None
         self._checked_hyperparameters(index)
 
     def _decouples(self, group: dict[str, Any]) -> bool:
@@ -306,6 +357,35 @@ class FusedOptimizer(Optimizer):
     def _torch_decay(self, group: dict[str, Any]) -> str:
         """The convention of a checkpoint of torch that does not state it."""
         return "l2"
+
+    def _is_codable(self, group: dict[str, Any]) -> bool:
+        """Whether the rule works on states in 8-bit codes."""
+        return True
+
+    def _layout(self, group: dict[str, Any], place: int) -> Layout:
+        """How a parameter and its states lie in memory."""
+        param = group["params"][place]
+        precision = self.precision
+        if callable(precision):
+            names = group.get("param_names")
+            precision = precision(names[place] if names else None, param)
+        stochastic = self.stochastic_rounding and precision in (None, "bf16")
+        return layout_of(
+            param.dtype,
+            param.numel(),
+            precision,
+            stochastic_rounding=stochastic,
+            state_dtype=self.state_dtype,
+            remainder_bits=self.remainder_bits if precision == "8bit" else 8,
+            codable=self._is_codable(group),
+        )
+
+    def _layouts(self) -> Iterator[tuple[dict[str, Any], Tensor, Layout]]:
+        """Of every parameter its group and its layout."""
+        for group in self.param_groups:
+            for i, param in enumerate(group["params"]):
+                if param.dtype in PARAM_DTYPES:
+                    yield group, param, self._layout(group, i)
 
     def _checked_hyperparameters(self, index: int) -> _C.Hyperparameters:
         try:
@@ -368,6 +448,7 @@ class FusedOptimizer(Optimizer):
                 outcome = registered.step(
                     current,
                     is_state_held=self._is_state_held(),
+                    steps=self._steps_taken() if registered.draws else (),
                     options=options,
                     measurements=self._measurements,
                 )
@@ -422,6 +503,7 @@ class FusedOptimizer(Optimizer):
             outcome = registered.step(
                 current,
                 is_state_held=self._is_state_held(),
+                steps=[0] * len(current),  # counted on the device
                 options=options,
                 measurements=self._measurements,
                 inputs=inputs,
@@ -658,6 +740,7 @@ class FusedOptimizer(Optimizer):
             outcome = registered.step(
                 current,
                 is_state_held=self._is_state_held(),
+                steps=self._steps_taken() if registered.draws else (),
                 options=options,
                 measurements=self._measurements,
             )
@@ -704,22 +787,31 @@ class FusedOptimizer(Optimizer):
             for index, i, number in places:
                 group = self.param_groups[index]
                 param = group["params"][i]
+                active = param.requires_grad or param.grad is not None
                 names = self._state_names(group)
+                layout = self._layout(group, i) if active else Layout("", "", param.dtype, False)
                 stateless = not (names or self._counts or self._scalar)
+                besides = {EMA, layout.beside_key}
                 fresh = unaveraged = False
                 if param.grad is not None:
                     keys = self._state.get(param, {}).keys()
-                    fresh = not (stateless or keys - {EMA})
+                    fresh = not (stateless or keys - besides)
                     unaveraged = averages and EMA not in keys
-                    if fresh or unaveraged:
+                    joined = layout.beside_key is not None and layout.beside_key not in keys
+                    if fresh or unaveraged or joined:
                         former[param] = frozenset(keys) if param in self._state else None
                     if fresh:
-                        self._state[param].update(self._initial_state(param, group))
+                        self._state[param].update(self._initial_state(param, group, layout))
+                    if joined:
+                        _, beside = beside_of(_widened(param), layout, param)
+                        self._state[param][layout.beside_key] = beside
                     if unaveraged:
-                        self._state[param][EMA] = _initial_average(param)
+                        self._state[param][EMA] = full_value(param, layout, self._state[param])
                 state = self._state.get(param) or {}
                 # What is missing is created when its gradient comes, by a new registration.
-                complete = (stateless or state.keys() - {EMA}) and averages <= (EMA in state)
+                complete = (stateless or state.keys() - besides) and averages <= (EMA in state)
+                if layout.beside_key is not None:
+                    complete = complete and layout.beside_key in state
                 self._place_scalars(param, _HOST if inputs is None else param.device)
                 members.append(
                     Member(
@@ -731,9 +823,13 @@ class FusedOptimizer(Optimizer):
                         counts=self._counts,
                         scalar=self._scalar,
                         fresh=fresh,
+                        beside=(layout.beside, layout.beside_key) if layout.beside_key else None,
+                        scales=tuple(map(scale_key, names)) if layout.state_dtype is None else (),
+                        stochastic=layout.stochastic,
+                        random_key=_C.random_key(group["seed"], number),
                         averaged=averages,
                         unaveraged=unaveraged and begins,
-                        active=param.requires_grad or param.grad is not None,
+                        active=active,
                     )
                 )
             device_step = None
@@ -741,7 +837,11 @@ class FusedOptimizer(Optimizer):
                 device_step = self._new_device_step(inputs.plans[0].schedule_step.device, members)
             registered = RegisteredList(members, self.engine, averages, device_step)
             outcome = registered.step(
-                current, options=options, measurements=self._measurements, inputs=inputs
+                current,
+                steps=self._steps_taken() if inputs is None else [0] * len(current),
+                options=options,
+                measurements=self._measurements,
+                inputs=inputs,
             )
             if outcome is Outcome.STALE:
                 raise RuntimeError("a tensor was given other memory while the step was under way")
@@ -753,20 +853,30 @@ class FusedOptimizer(Optimizer):
             return None, outcome
         return registered, outcome
 
-    def _initial_state(self, param: Tensor, group: dict[str, Any]) -> dict[str, Any]:
+    def _steps_taken(self) -> list[int]:
+        """By each group, as random bits follow from them."""
+        return [int(group["schedule_step"]) for group in self.param_groups]
+
+    def _initial_state(
+        self, param: Tensor, group: dict[str, Any], layout: Layout
+    ) -> dict[str, Any]:
         state: dict[str, Any] = {}
         if self._counts:
             state["step"] = torch.zeros((), dtype=torch.float32, device="cpu")
         if self._scalar is not None:
             state[self._scalar] = torch.ones((), dtype=torch.float64, device="cpu")
         for name in self._state_names(group):
-            state[name] = torch.full_like(
+            values = torch.full_like(
                 param,
                 self._initial_value(name, group),
-                dtype=self.state_dtype,
+                dtype=layout.state_dtype or torch.float32,
                 memory_format=torch.preserve_format,
                 requires_grad=False,
             )
+            if layout.state_dtype is None:
+                state.update(stored_state(name, values, STATE_KINDS[name], layout))
+            else:
+                state[name] = values
         return state
 
     # --- Checkpoints -----------------------------------------------------------------------------
@@ -783,8 +893,9 @@ class FusedOptimizer(Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads a state dict of this class or of torch's optimizer of the same rule, whole or not.
 
-        States are copied to their parameter's device and to ``state_dtype`` (by default the
-        parameter's dtype); nothing is shared with ``state_dict``.
+        States are copied to their parameter's device and into its storage format, whatever format
+        they were saved in; nothing is shared with ``state_dict``. Load the model first: what is
+        beside a parameter (`FusedOptimizer`, ``precision``) may be converted by its values.
 
         Raises:
             ValueError: another algorithm, decay convention, number or size of groups, shape, or a
@@ -898,20 +1009,23 @@ class FusedOptimizer(Optimizer):
             if key not in by_id:
                 states[key] = saved  # not of a parameter: kept as it is, as torch does
                 continue
-            param, group, _, where = by_id[key]
+            param, group, place, where = by_id[key]
             # torch's SGD of old saved a buffer of None.
             saved = {name: value for name, value in saved.items() if value is not None}
             if saved:
-                states[param] = self._loaded_state(where, param, self._state_names(group), saved)
+                states[param] = self._loaded_state(where, group, place, saved)
         return states
 
     def _loaded_state(
-        self, where: str, param: Tensor, names: tuple[str, ...], saved: dict[str, Any]
+        self, where: str, group: dict[str, Any], place: int, saved: dict[str, Any]
     ) -> dict[str, Any]:
+        param = group["params"][place]
+        names = self._state_names(group)
         needed = {*names, *(["step"] if self._counts else [])}
         if self._scalar is not None:
             needed.add(self._scalar)
-        known = needed | self._known_states | {EMA}
+        arrays = self._known_states.union(names)
+        known = {*needed, *arrays, *map(scale_key, arrays), *BESIDE_KEYS, EMA}
         found = set(saved)
         if not needed <= found <= known:
             raise ValueError(
@@ -924,11 +1038,65 @@ class FusedOptimizer(Optimizer):
                 state[name] = _loaded_scalar(where, name, value, torch.float32)
             elif name == self._scalar:
                 state[name] = _loaded_scalar(where, name, value, torch.float64)
-            else:
+            elif name == EMA or (name in arrays and scale_key(name) not in saved):
                 _check_loaded(f"{where}: '{name}'", value, param)
-                dtype = torch.float32 if name == EMA else self.state_dtype or param.dtype
-                state[name] = value.detach().to(device=param.device, dtype=dtype, copy=True)
-        return state
+                if name == EMA:
+                    state[name] = value.detach().to(param.device, torch.float32, copy=True)
+        present = [name for name in saved if name in arrays]
+        if param.dtype not in PARAM_DTYPES:  # which nothing steps
+            return {**state, **{name: saved[name] for name in present}}
+        try:
+            converted = convert_state(
+                saved,
+                param,
+                present,
+                [STATE_KINDS[name] for name in present],
+                self._layout(group, place),
+            )
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from None
+        return {**state, **converted}
+
+    def export_fp32_state(self) -> dict[str, Any]:
+        """A `state_dict` as torch's optimizer of the rule has it: float32 states, no codes.
+
+        What is beside the parameters is left out; their float32 values are
+        `fused_adamw.master_parameters`.
+        """
+        found = self.state_dict()
+        names = [name for name in STATE_KINDS if name in self._known_states]
+        for state in found["state"].values():
+            present = [name for name in names if name in state]
+            state.update(decoded_states(state, present, [STATE_KINDS[name] for name in present]))
+            for key in (*map(scale_key, names), *BESIDE_KEYS):
+                state.pop(key, None)
+        return found
+
+    def memory_report(self) -> MemoryReport:
+        """The memory of parameters, gradients and states, as after the first step; it prints.
+
+        Nothing is allocated, so parameters may be on the meta device.
+        """
+        return memory_report(
+            PlannedTensor(
+                param.numel(),
+                param.dtype,
+                layout,
+                len(self._state_names(group)),
+                self.ema_decay is not None,
+            )
+            for group, param, layout in self._layouts()
+            if param.requires_grad
+        )
+
+    def __repr__(self) -> str:
+        """As in torch, then how the parameters are kept."""
+        counts: dict[Layout, int] = {}
+        for _, param, layout in self._layouts():
+            if param.requires_grad:
+                counts[layout] = counts.get(layout, 0) + 1
+        lines = [f"    {layout} ({count} parameters)" for layout, count in counts.items()]
+        return "\n".join([super().__repr__(), "Precision (", *lines, ")"])
 
     # --- Pickling and copying --------------------------------------------------------------------
 
@@ -949,12 +1117,22 @@ class FusedOptimizer(Optimizer):
         self._number = compiled.number_of(self)
 
 
+def master_parameters(optimizer: FusedOptimizer) -> Iterator[Tensor]:
+    """The float32 values of an optimizer's parameters, in order: what its rule works on.
+
+    Copies, of which changes do not reach the optimizer. Where nothing is beside a parameter, or a
+    first step is still to come, it is the parameter's own value.
+    """
+    for _, param, layout in optimizer._layouts():
+        yield full_value(param, layout, optimizer._state.get(param, {}))
+
+
 def _restore(former: list[tuple[dict[str, Any], Any]]) -> None:
     for group, multiplier in former:
         group["schedule_multiplier"] = multiplier
 
 
-def _initial_average(param: Tensor) -> Tensor:
+def _widened(param: Tensor) -> Tensor:
     return param.detach().to(torch.float32, copy=True, memory_format=torch.preserve_format)
 
 

@@ -38,6 +38,14 @@ BESIDE_KEYS = (MASTER, REMAINDER, COMPENSATION)
 """Keys in a parameter's state of the array that completes the parameter."""
 
 
+STATE_KINDS = {
+    **dict.fromkeys(("exp_avg", "momentum_buffer", "grad_avg"), "signed"),
+    **dict.fromkeys(("exp_avg_sq", "max_exp_avg_sq", "square_avg", "acc_delta", "sum"), "square"),
+    "exp_inf": "magnitude",
+}
+"""What the numbers of each state are, by its key; the extension says the same of its rules."""
+
+
 def scale_key(name: str) -> str:
     """The key of the scales of a coded state."""
     return f"{name}_scale"

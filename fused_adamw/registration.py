@@ -106,6 +106,7 @@ class RegisteredList:
     engine: str
     averages: bool = False  # whether it has averages of its parameters
     device_step: DeviceStep | None = None  # where coefficients are worked out on the device
+    draws: bool = field(init=False)  # whether anything is rounded stochastically
     native: _C.ParameterList = field(init=False)
     # Addresses of the parameters that a step updated before an engine failed. Not the buckets: they
     # keep the extension's list alive, unseen by Python's cycle collector.
@@ -114,6 +115,9 @@ class RegisteredList:
     _engines: dict[tuple[int, int], Engine] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
+        self.draws = any(
+            member.stochastic or member.beside is not None for member in self.members
+        )
         self.native = _C.ParameterList(
             params=[member.param for member in self.members],
             states=[member.state for member in self.members],
