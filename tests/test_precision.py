@@ -380,18 +380,27 @@ def test_bits_of_coded_states(kind: str, x: Tensor) -> None:
     assert same_bits(decode_state(found, found_scale, kind), in_order(values, x, F32))
 
 
-def test_roots_and_quotients_are_correctly_rounded() -> None:
-    """In tensors of a size where torch takes other code than for a few numbers."""
-    x = torch.zeros(20_000, BLOCK)
-    x[:, 0] = normal(20_000).exp().mul(2.0 ** torch.arange(-100.0, 100.0).repeat(100))
-    x[:, 1:] = x[:, :1] * normal(20_000, BLOCK - 1, seed=1).tanh().square()
-    bias, top = constants_of("square")
-    a = np.sqrt(x.numpy())
-    codes, scale = encode_state(x, "square")
-    assert np.array_equal(scale.numpy(), a[:, 0])
+@pytest.mark.parametrize("kind", ["square", "magnitude"])
+def test_roots_and_quotients_are_correctly_rounded(kind: str) -> None:
+    """In tensors of a size where torch takes other code than for a few numbers.
+
+    All but the largest magnitude of a block are within a few last places of halfway between two
+    codes, where a quotient that is rounded twice leads to the other one.
+    """
+    bias, top = constants_of(kind)
+    base = bits_of(bias) >> 18
+    largest = normal(2000).exp() * 2.0 ** torch.arange(-50.0, 50.0).repeat(20)
+    below = np.random.default_rng(0).integers(1, 255, (2000, BLOCK - 1))
+    halfway = floats(((below + base) << 18) + (1 << 17)) - bias
+    near = torch.from_numpy(halfway) / float(top) * largest[:, None]
+    a = torch.cat([largest[:, None], near], 1)
+    x = (a * a if kind == "square" else a).numpy()
+    a = np.sqrt(x) if kind == "square" else x
     t = a * (top / a[:, :1]) + bias
-    n = ((t.view(np.uint32) + (1 << 17)) >> 18) - (int(bias.view(np.uint32)) >> 18)
-    assert np.array_equal(codes.numpy(), np.maximum(n, a > 0))
+    n = ((t.view(np.uint32) + (1 << 17)) >> 18) - base
+    codes, scale = encode_state(torch.from_numpy(x), kind)
+    assert np.array_equal(scale.numpy(), a[:, 0])
+    assert np.array_equal(codes.numpy(), n)
 
 
 @pytest.mark.parametrize("kind", KINDS)
