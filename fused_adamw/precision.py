@@ -10,9 +10,9 @@ x what the rule sees, u its bits and p the 16 bits of the parameter that the mod
     8bit         as split, or with u = (p << 16) + (param_remainder << 8), int8; or float32
 
 States are floats or, with "8bit", codes of 8 bits with one float32 scale for each block of `BLOCK`
-elements in memory order. Codes stand for |x|, or the square root of x where x is an average of
-squares. As in G.711 their steps are equal within a binade of |x| plus a bias and double from one
-binade to the next, so that small values keep precision. `encode_state` has the arithmetic.
+elements in memory order. As in G.711 their steps are equal within a binade of |x| plus a bias and
+double from one binade to the next, so that small values keep precision. `encode_state` has the
+arithmetic.
 
 What engines do in a step is written here once more for checkpoints, on any device and with the same
 bits, but for what they round stochastically.
@@ -331,18 +331,19 @@ class _Code(NamedTuple):
     """A companding code.
 
     A magnitude that is the block's largest becomes ``top``; the upper bits of the float32
-    ``magnitude + bias``, those above `_DROPPED`, less those of ``bias`` itself, are the code.
+    ``magnitude + bias``, without those dropped, less those of ``bias`` itself, are the code.
     """
 
     dtype: torch.dtype
     bias: float
     top: float
+    dropped: int  # bits of a float32
 
     @property
     def base(self) -> int:
         """The upper bits of the bias."""
         bits: int = struct.unpack("<I", struct.pack("<f", self.bias))[0]
-        return bits >> _DROPPED
+        return bits >> self.dropped
 
     @property
     def reciprocal(self) -> float:
@@ -351,12 +352,11 @@ class _Code(NamedTuple):
         return rounded
 
 
-_DROPPED = 18  # bits of a float32: of its significand five are left
-_SMALLEST_NORMAL = 2.0**-126
+_SMALLEST_NORMAL, _TOO_LARGE = 2.0**-126, 2.0**127
 _CODES = {
-    "signed": _Code(torch.int8, 1 / 16, 59 / 64),
-    "square": _Code(torch.uint8, 1 / 256, 251 / 256),
-    "magnitude": _Code(torch.uint8, 1 / 256, 251 / 256),
+    "signed": _Code(torch.int8, 2**-4, 63 / 64 - 2**-4, 18),
+    "square": _Code(torch.uint8, 2**-16, 31 / 32 - 2**-16, 19),
+    "magnitude": _Code(torch.uint8, 2**-8, 63 / 64 - 2**-8, 18),
 }
 
 
@@ -366,27 +366,20 @@ def _code_of(kind: str) -> _Code:
     return _CODES[kind]
 
 
-def _root(x: Tensor) -> Tensor:
-    """The float32 square root, correctly rounded, as torch's own of float32 on a CPU is not.
-
-    One of float64 may be off by several last places and still rounds to the right float32: the root
-    of a float32 is never that close to halfway between two others.
-    """
-    return x.to(torch.float64).sqrt_().to(torch.float32)
-
-
 @torch.no_grad()
 def encode_state(x: Tensor, kind: str) -> tuple[Tensor, Tensor]:
     """Codes and scales of a state, the nearest in each block of `BLOCK` in memory order.
 
-    With a = |x|, or sqrt(x) for "square", all in float32 with one rounding an operation::
+    With a = |x|, all in float32 with one rounding an operation::
 
-        scale = max a of the block             below 2^-126: 0, and all codes 0
-        t = a (top / scale) + bias             not finite: NaN, and all codes 0
-        n = (bits(t) + 2^17 >> 18) - (bits(bias) >> 18)
+        scale = max a of the block      below 2^-126: 0; not below 2^127: NaN; codes are 0 in both
+        t = a (top / scale) + bias
+        n = (bits(t) + 2^(dropped - 1) >> dropped) - (bits(bias) >> dropped)
 
-        signed             bias = 1/16,  top = 59/64     code = -n for x < 0, else n     <= 127
-        square, magnitude  bias = 1/256, top = 251/256   code = n, at least 1 for a > 0  <= 255
+                   bias    top            dropped
+        signed     2^-4    63/64 - bias   18        code = -n for x < 0, else n       <= 127
+        square     2^-16   31/32 - bias   19        code = n, at least 1 for a > 0    <= 255
+        magnitude  2^-8    63/64 - bias   18        code = n, at least 1 for a > 0    <= 255
 
     Args:
         x: float32, dense in any order of dimensions.
@@ -401,16 +394,17 @@ def encode_state(x: Tensor, kind: str) -> tuple[Tensor, Tensor]:
         raise TypeError(f"x: found {x.dtype}, accepted: float32")
     flat = in_memory_order(x)
     padded = flat.new_zeros(-(-len(flat) // BLOCK) * BLOCK)
-    padded[: len(flat)] = _root(flat) if kind == "square" else flat.abs()
+    padded[: len(flat)] = flat.abs()
     a = padded.view(-1, BLOCK)
     scale = a.amax(1)
-    scale = scale.masked_fill(~scale.isfinite(), torch.nan)
+    scale = scale.masked_fill(~(scale < _TOO_LARGE), torch.nan)
     scale = scale.masked_fill(scale < _SMALLEST_NORMAL, 0.0)
     is_coded = scale > 0
     # A quotient of tensors: a number divided by a tensor would be multiplied by its reciprocal.
     inv = torch.full_like(scale, code.top) / scale.masked_fill(~is_coded, 1.0)
     t = (a * inv[:, None]).add_(code.bias)
-    n = (t.view(torch.int32) + (1 << _DROPPED - 1)).bitwise_right_shift_(_DROPPED).sub_(code.base)
+    n = t.view(torch.int32) + (1 << code.dropped - 1)
+    n = n.bitwise_right_shift_(code.dropped).sub_(code.base)
     if kind != "signed":
         n = torch.maximum(n, a > 0)
     n = n.masked_fill_(~is_coded[:, None], 0).view(-1)[: len(flat)]
@@ -425,7 +419,7 @@ def decode_state(codes: Tensor, scale: Tensor, kind: str) -> Tensor:
 
     ::
 
-        a = (float(n + (bits(bias) >> 18) << 18) - bias) (scale float32(1 / top))
+        a = (float(n + (bits(bias) >> dropped) << dropped) - bias) (scale float32(1 / top))
 
     Args:
         codes: int8 or uint8, by the kind; dense in any order of dimensions.
@@ -433,17 +427,15 @@ def decode_state(codes: Tensor, scale: Tensor, kind: str) -> Tensor:
         kind: "signed", "square" or "magnitude".
 
     Returns:
-        New tensor of the codes' shape and strides: a with the code's sign, a^2 for "square", or a.
+        New tensor of the codes' shape and strides: a with the code's sign.
         A NaN scale makes NaNs of its block.
     """
     code = _code_of(kind)
     flat = in_memory_order(codes).to(torch.int32)
-    t = (flat.abs() + code.base).bitwise_left_shift_(_DROPPED).view(torch.float32)
+    t = (flat.abs() + code.base).bitwise_left_shift_(code.dropped).view(torch.float32)
     unit = (scale * code.reciprocal).repeat_interleave(BLOCK)[: len(flat)]
     a = t.sub_(code.bias).mul_(unit)
-    if kind == "square":
-        a *= a
-    elif kind == "signed":
+    if kind == "signed":
         a = torch.where(flat < 0, -a, a)
     return _unflattened(a, codes)
 

@@ -56,12 +56,12 @@ def mix32(x: UInt32s) -> UInt32s:
     return x ^ x >> np.uint32(16)
 
 
-def random_bits(key: int, indices: Array, step: int) -> UInt32s:
-    """32 bits for each element, which neither chunks nor shards nor the other elements decide.
+def random_words(key: int, indices: Array, step: int) -> UInt32s:
+    """Words of 32 bits, which neither chunks nor shards nor the other words decide.
 
     Args:
         key: see `key_of`.
-        indices: integers, at least 0: of the elements in the whole tensor, in memory order.
+        indices: integers, at least 0: of the words.
         step: number of steps taken before this one; taken modulo 2^32.
 
     Returns:
@@ -84,14 +84,29 @@ def random_bits(key: int, indices: Array, step: int) -> UInt32s:
 _STATE_FACTORS = (0x9E3779B1, 0x85EBCA77, 0xC2B2AE3D)  # odd; the primes of xxHash
 
 
-def param_bits(bits: UInt32s) -> UInt32s:
-    """Of an element's `random_bits` the 16 that its param is rounded with."""
-    return bits & np.uint32(0xFFFF)
+def random_halves(key: int, indices: Array, step: int, state: int | None = None) -> UInt32s:
+    """16 bits for each element: half of the word that it shares with a neighbour.
+
+    Args:
+        key: see `key_of`.
+        indices: of the elements in the whole tensor, in memory order.
+        step: see `random_words`.
+        state: the number, 0, 1 or 2, of the state that is rounded; None: the param is.
+    """
+    i = np.atleast_1d(indices).astype(np.uint64)
+    words = random_words(key, i >> np.uint64(1), step)
+    if state is not None:
+        words = words * np.uint32(_STATE_FACTORS[state])
+        words = words ^ words >> np.uint32(16)
+    odd = (i & np.uint64(1)).astype(np.uint32)
+    return words >> np.uint32(16) * odd & np.uint32(0xFFFF)
 
 
-def state_bits(bits: UInt32s, state: int) -> UInt32s:
-    """Of an element's `random_bits` the 16 that its state number 0, 1 or 2 is rounded with."""
-    return (bits * np.uint32(_STATE_FACTORS[state])) >> np.uint32(16)
+def random_bytes(key: int, indices: Array, step: int) -> UInt32s:
+    """8 bits for each element: a quarter of the word of four neighbours; see `random_halves`."""
+    i = np.atleast_1d(indices).astype(np.uint64)
+    words = random_words(key, i >> np.uint64(2), step)
+    return words >> np.uint32(8) * (i & np.uint64(3)).astype(np.uint32) & np.uint32(0xFF)
 
 
 # --- Numbers -------------------------------------------------------------------------------------
@@ -132,7 +147,7 @@ def _load_master(param: Array, kept: Array) -> Floats:
     return np.asarray(kept.copy(), np.float32)
 
 
-def _store_master(values: Floats, dtype: str, bits: UInt32s | None) -> tuple[Array, Array]:
+def _store_master(values: Floats, dtype: str, random: UInt32s | None) -> tuple[Array, Array]:
     # Ties as in a split value, so that both formats train the same model.
     param = store_away(values) if dtype == "bfloat16" else store(values, dtype)
     return param, values.copy()
@@ -143,7 +158,7 @@ def _load_remainder16(param: Array, kept: Array) -> Floats:
     return (upper + kept.astype(np.int32).view(np.uint32)).view(np.float32)
 
 
-def _store_remainder16(values: Floats, dtype: str, bits: UInt32s | None) -> tuple[Array, Array]:
+def _store_remainder16(values: Floats, dtype: str, random: UInt32s | None) -> tuple[Array, Array]:
     remainder = values.view(np.uint32).astype(np.uint16).view(np.int16)
     return store_away(values), np.where(np.isnan(values), np.int16(0), remainder)
 
@@ -152,9 +167,9 @@ def _load_remainder8(param: Array, kept: Array) -> Floats:
     return _load_remainder16(param, kept.astype(np.int32) << np.int32(8))
 
 
-def _store_remainder8(values: Floats, dtype: str, bits: UInt32s | None) -> tuple[Array, Array]:
-    assert bits is not None
-    rounded = values.view(np.uint32) + (bits & np.uint32(0xFF))
+def _store_remainder8(values: Floats, dtype: str, random: UInt32s | None) -> tuple[Array, Array]:
+    assert random is not None
+    rounded = values.view(np.uint32) + random
     rounded = np.where(np.isnan(values), np.uint32(0x7FC00000), rounded & ~np.uint32(0xFF))
     remainder = (rounded >> np.uint32(8)).astype(np.uint8).view(np.int8)
     return store_away(rounded.view(np.float32)), remainder
@@ -165,7 +180,7 @@ def _load_compensation(param: Array, kept: Array) -> Floats:
         return load(param, "bfloat16") + load(kept, "bfloat16")
 
 
-def _store_compensation(values: Floats, dtype: str, bits: UInt32s | None) -> tuple[Array, Array]:
+def _store_compensation(values: Floats, dtype: str, random: UInt32s | None) -> tuple[Array, Array]:
     param = store(values, dtype)
     with np.errstate(all="ignore"):
         left = values - load(param, dtype)
@@ -196,11 +211,6 @@ BESIDES = {
 """
 
 
-def draws(beside: str, stochastic: bool) -> bool:
-    """Whether a format takes random bits."""
-    return stochastic or beside == "remainder8"
-
-
 def load_param(param: Array, dtype: str, beside: str = "", kept: Array | None = None) -> Floats:
     """The full value of a param, which a rule sees.
 
@@ -222,7 +232,7 @@ def store_param(
     dtype: str,
     beside: str = "",
     stochastic: bool = False,
-    bits: UInt32s | None = None,
+    random: UInt32s | None = None,
 ) -> tuple[Array, Array | None]:
     """Stores the full value of a param.
 
@@ -231,24 +241,24 @@ def store_param(
         dtype: see `load_param`.
         beside: see `load_param`.
         stochastic: whether rounding is; to bfloat16, with nothing beside it.
-        bits: the elements' `random_bits`, where the format `draws`.
+        random: for each element `random_halves` if rounding is stochastic, `random_bytes` beside
+            a remainder of 8 bits.
 
     Returns:
         The param and what is beside it, or None: new arrays.
     """
     if beside:
-        return BESIDES[beside].store(values, dtype, bits)
+        return BESIDES[beside].store(values, dtype, random)
     if not stochastic:
         return store(values, dtype), None
-    assert bits is not None
-    return store_stochastic(values, param_bits(bits)), None
+    assert random is not None
+    return store_stochastic(values, random), None
 
 
 # --- States --------------------------------------------------------------------------------------
 
 CODE_BLOCK = 64  # elements that share a scale, neighbours in memory order
-_CUT = np.uint32(18)  # of a binary32's 23 bits of mantissa a code has 5
-_SMALLEST_NORMAL = np.float32(2.0**-126)
+_SMALLEST_NORMAL, _TOO_LARGE = np.float32(2.0**-126), np.float32(2.0**127)
 
 
 class Coding(NamedTuple):
@@ -257,11 +267,12 @@ class Coding(NamedTuple):
     dtype: str
     bias: np.float32
     top: np.float32
+    cut: np.uint32  # how many of a binary32's 23 bits of mantissa a code has not
 
     @property
     def first(self) -> np.uint32:
         """The leading bits of the bias, which is coded as 0."""
-        return self.bias.view(np.uint32) >> _CUT
+        return self.bias.view(np.uint32) >> self.cut
 
     @property
     def unit(self) -> np.float32:
@@ -269,13 +280,12 @@ class Coding(NamedTuple):
         return np.float32(np.float32(1) / self.top)
 
 
-_UNSIGNED = Coding("uint8", bias=np.float32(1 / 256), top=np.float32(251 / 256))
 CODINGS: dict[str, Coding] = {
-    "signed": Coding("int8", bias=np.float32(1 / 16), top=np.float32(59 / 64)),
-    "square": _UNSIGNED,
-    "magnitude": _UNSIGNED,
+    "signed": Coding("int8", np.float32(2.0**-4), np.float32(63 / 64 - 2.0**-4), np.uint32(18)),
+    "square": Coding("uint8", np.float32(2.0**-16), np.float32(31 / 32 - 2.0**-16), np.uint32(19)),
+    "magnitude": Coding("uint8", np.float32(2.0**-8), np.float32(63 / 64 - 2.0**-8), np.uint32(18)),
 }
-"""The kinds of states: of either sign; at least 0 and coded by the root; at least 0."""
+"""The kinds of states: of either sign; an average of squares; at least 0."""
 
 
 def _by_element(of_blocks: Array, elements: int) -> Array:
@@ -287,10 +297,11 @@ def encode(values: Floats, kind: str) -> tuple[Array, Floats]:
     """Codes a state in 8 bits, in blocks of 64 elements in C order.
 
     The scale of a block is its largest magnitude. A magnitude a becomes t = a / scale * top + bias,
-    from bias to 63/64, and its code is the leading bits of t, rounded, as a number of binary32: of
-    the exponent and 5 bits of the mantissa, counted from those of the bias. So there are 32 equal
-    steps in a binade of t and they halve from one binade to the next below, which keeps precision
-    where magnitudes are small, as the companding of speech does (ITU-T G.711).
+    from bias to bias + top, and its code is the leading bits of t, rounded, as a number of
+    binary32: of the exponent and 5 bits of the mantissa, counted from those of the bias. So there
+    are 32 equal steps in a binade of t and they halve from one binade to the next below, which
+    keeps precision where magnitudes are small, as the companding of speech does (ITU-T G.711).
+    Squares have 16 steps in each of twice as many binades, which is as fine in their roots.
 
     What is above zero in a kind without signs is not coded as zero: a step may be divided by it. A
     block with an infinity or a NaN has the scale NaN, one of denormals only the scale 0, and both
@@ -307,14 +318,14 @@ def encode(values: Floats, kind: str) -> tuple[Array, Floats]:
     x = values.reshape(-1)
     blocks = -(-x.size // CODE_BLOCK)
     with np.errstate(all="ignore"):
-        a = np.sqrt(x) if kind == "square" else np.abs(x)
+        a = np.abs(x)
         padded = np.pad(a, (0, blocks * CODE_BLOCK - x.size))
         largest = padded.reshape(blocks, CODE_BLOCK).max(axis=1)  # NaN where there is one
         scales = np.where(largest < _SMALLEST_NORMAL, np.float32(0), largest)
-        scales = np.where(np.isfinite(scales), scales, np.float32(np.nan))
+        scales = np.where(scales < _TOO_LARGE, scales, np.float32(np.nan))
         t = a * _by_element(coding.top / scales, x.size) + coding.bias
-    half = np.uint32(1) << (_CUT - np.uint32(1))
-    codes = ((t.view(np.uint32) + half) >> _CUT) - coding.first
+    half = np.uint32(1) << (coding.cut - np.uint32(1))
+    codes = ((t.view(np.uint32) + half) >> coding.cut) - coding.first
     if kind != "signed":
         codes = np.where(a > 0, np.maximum(codes, np.uint32(1)), codes)
     codes = np.where(_by_element(scales, x.size) > 0, codes, np.uint32(0)).astype(coding.dtype)
@@ -333,11 +344,9 @@ def decode(codes: Array, scales: Floats, kind: str) -> Floats:
     """
     coding = CODINGS[kind]
     n = np.abs(codes.reshape(-1).astype(np.int32)).astype(np.uint32)
-    t = ((n + coding.first) << _CUT).view(np.float32)
+    t = ((n + coding.first) << coding.cut).view(np.float32)
     with np.errstate(all="ignore"):
         a = (t - coding.bias) * _by_element(scales * coding.unit, n.size)
-        if kind == "square":
-            a = a * a
     return np.where(codes.reshape(-1) < 0, -a, a).reshape(codes.shape)
 
 
@@ -368,7 +377,8 @@ def store_state(
         values: array of float32.
         dtype: see `load_state`.
         kind: see `load_state`.
-        random: 16 random bits for each, if rounding to bfloat16 is stochastic; see `state_bits`.
+        random: 16 random bits for each, if rounding to bfloat16 is stochastic; see
+            `random_halves`.
 
     Returns:
         The state, and the scales of a coded one or None: new arrays.

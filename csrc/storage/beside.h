@@ -35,7 +35,7 @@ FUSED_ADAMW_HD constexpr int besides_size(Beside beside) {
   return beside == Beside::kMaster ? 4 : beside == Beside::kRemainder8 ? 1 : 2;
 }
 
-constexpr std::uint32_t kBfloat16Nan = 0x7fc0u;
+constexpr std::uint32_t kBfloat16Nan = 0x7fc0u, kQuietNan = 0x7fc00000u;
 
 // To the nearest bfloat16, away from zero if there are two.
 FUSED_ADAMW_HD bfloat16 rounded_away(float x) {
@@ -47,7 +47,7 @@ FUSED_ADAMW_HD bfloat16 rounded_stochastically(float x, std::uint32_t random) {
   return {static_cast<std::uint16_t>(x != x ? kBfloat16Nan : (bits_of(x) + random) >> 16)};
 }
 
-// `Element` beside a bfloat16; `random` are the bits of the element.
+// `Element` beside a bfloat16; `random` has 8 bits, of which only Remainder8 makes use.
 struct Remainder16 {
   using Element = std::int16_t;
 
@@ -70,10 +70,11 @@ struct Remainder8 {
   }
   FUSED_ADAMW_HD static void store(float x, std::uint32_t random, bfloat16& param,
                                    Element& remainder) {
-    const std::uint32_t rounded = bits_of(x) + (random & 0xffu);
-    param = {static_cast<std::uint16_t>(x != x ? kBfloat16Nan
-                                               : ((rounded & 0xffffff00u) + 0x8000u) >> 16)};
-    remainder = static_cast<Element>(x != x ? 0 : rounded >> 8 & 0xffu);
+    // By masks: a compiler would branch around what a NaN does not need.
+    const std::uint32_t number = x == x ? 0xffffff00u : 0u;
+    const std::uint32_t rounded = ((bits_of(x) + random) & number) | (kQuietNan & ~number);
+    param = {static_cast<std::uint16_t>((rounded + 0x8000u) >> 16)};
+    remainder = static_cast<Element>(rounded >> 8 & 0xffu);
   }
 };
 

@@ -87,11 +87,8 @@ def _update(bucket: Any, i: int, numel: int, of_group: Any) -> None:
         kept = _view(int(bucket.besides[i]), numel, formats.BESIDES[beside].dtype)
     coefficients = bucket.coefficients[bucket.rows[i]]
     grad_factor, ema_weight = coefficients[-3:-1]
-    bits = None
-    if formats.draws(beside, bucket.stochastic):
-        indices = int(bucket.offsets[i]) + np.arange(numel)
-        step = int(coefficients.view(np.uint32)[-1])
-        bits = formats.random_bits(int(bucket.keys[i]), indices, step)
+    indices = int(bucket.offsets[i]) + np.arange(numel)
+    drawn = int(bucket.keys[i]), indices, int(coefficients.view(np.uint32)[-1])
 
     position: dict[str, Any] = {"step": int(bucket.steps[i])}
     if of_group.rule in reference.CARRIES:
@@ -108,13 +105,18 @@ def _update(bucket: Any, i: int, numel: int, of_group: Any) -> None:
         **of_group.values,
     )
 
+    random = None
+    if bucket.stochastic:
+        random = formats.random_halves(*drawn)
+    elif beside == "remainder8":
+        random = formats.random_bytes(*drawn)
     param[...], beside_it = formats.store_param(
-        updated, param_dtype, beside, bucket.stochastic, bits
+        updated, param_dtype, beside, bucket.stochastic, random
     )
     if kept is not None:
         kept[...] = beside_it
     for k, (state, values) in enumerate(zip(states, numbers, strict=True)):
-        random = formats.state_bits(bits, k) if bits is not None and bucket.stochastic else None
+        random = formats.random_halves(*drawn, k) if bucket.stochastic else None
         state.stored[...], scales = formats.store_state(values, state_dtype, state.kind, random)
         if state.scales is not None:
             state.scales[...] = scales
