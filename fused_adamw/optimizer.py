@@ -513,10 +513,10 @@ class FusedOptimizer(Optimizer):
     def _count_on_host(self) -> None:
         """Drops what the device has not begun, and what it counted beside the states."""
         for param in self._positions:
-            begun = self._begun(param)
-            if begun:
-                self._state[param] = begun
-            else:
+            state = self._state.get(param, {})
+            for name in state.keys() - self._begun(param).keys():
+                del state[name]
+            if not state:
                 self._state.pop(param, None)
         self._positions = {}
 

@@ -145,7 +145,7 @@ class RegisteredList:
         Raises:
             TypeError, ValueError, RuntimeError: for a gradient that cannot be used, naming the
                 parameter; nothing has been written then. Should an engine itself fail, the buckets
-                before have been stepped and counted.
+                before have been stepped and counted; with a `device_step` all have been counted.
         """
         with self._lock:  # another thread's step would take the buckets from under an engine
             try:
