@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -67,16 +66,16 @@ class Measurements:
         partials = _columns(native, buckets, 1)
         for engine, bucket in zip(engines, buckets, strict=True):
             engine.square_sums(bucket, partials[device_of(bucket)])
+        device = next(iter(partials), torch.device("cpu"))
         squares = np.zeros(groups)
         for sums in partials.values():  # of a chunk on another device there is a zero
             squares += _folded(sums, native.chunk_runs, groups)[:, 0]
         for process_group in options.norm_process_groups:
-            squares = _sum_over_ranks(squares, process_group)
+            squares = _sum_over_ranks(squares, process_group, device)
         total = 0.0
         for square in squares.tolist():
             total += square
-        norm = math.sqrt(total) / options.grad_scale  # of a NaN it is a NaN
-        device = next(iter(partials), torch.device("cpu"))
+        norm = _C.norm(total, options.grad_scale)
         self.grad_norm = torch.tensor(norm, dtype=torch.float32, device=device)
         return norm
 
@@ -130,7 +129,8 @@ class Measurements:
 
 def _norm(square: float, scale: float = 1.0) -> float:
     """Rounded to float32: the order of the sums differs between engines, in the last bits."""
-    return float(np.float32(np.sqrt(square) / scale))
+    with np.errstate(over="ignore"):
+        return float(np.float32(np.sqrt(square) / scale))
 
 
 def _columns(
@@ -150,8 +150,21 @@ def _folded(sums: Tensor, runs: _C.ChunkRuns, groups: int) -> NDArray[np.float64
     return _C.fold(on_host.data_ptr(), on_host.shape[1], runs, groups)
 
 
-def _sum_over_ranks(squares: NDArray[np.float64], process_group: Any) -> NDArray[np.float64]:
-    on_gpu = torch.distributed.get_backend(process_group) == "nccl"
-    total = torch.tensor(squares, device="cuda" if on_gpu else "cpu")
+def _sum_over_ranks(
+    squares: NDArray[np.float64], process_group: Any, device: torch.device
+) -> NDArray[np.float64]:
+    total = torch.tensor(squares, device=_device_for(process_group, device))
     torch.distributed.all_reduce(total, group=process_group)
     return total.cpu().numpy()
+
+
+def _device_for(process_group: Any, device: torch.device) -> torch.device:
+    """Where numbers of the host are summed over ranks, which must all choose the same.
+
+    On the host if the group communicates there; else on the gradients' device, and without
+    gradients on the current one of a kind that the group has.
+    """
+    kinds = [kind.type for kind in process_group._device_types]
+    if "cpu" in kinds:
+        return torch.device("cpu")
+    return device if device.type in kinds else torch.device(kinds[0])

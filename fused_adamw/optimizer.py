@@ -11,6 +11,7 @@ from abc import abstractmethod
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from copy import deepcopy
+from dataclasses import replace
 from itertools import chain
 from typing import TYPE_CHECKING, Any, TypeAlias, TypedDict, TypeVar, overload
 
@@ -22,7 +23,15 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from fused_adamw import _C, checks, compiled
-from fused_adamw.device_step import Amp, DeviceInputs, DeviceStep, GroupPlan, plan_group
+from fused_adamw.device_step import (
+    Amp,
+    DeviceInputs,
+    DeviceStep,
+    GroupPlan,
+    is_read_on_host,
+    plan_group,
+    refuse_capture,
+)
 from fused_adamw.engines import check_engine, engine_status
 from fused_adamw.hyperparameters import group_keys, hyperparameters, values_of
 from fused_adamw.measurements import GroupTelemetry, Measurements
@@ -164,6 +173,8 @@ class FusedOptimizer(Optimizer):
     _plans: dict[int, tuple[tuple[Any, ...], GroupPlan]]
     # Of each parameter what only the device counts: steps taken, and whether its average has begun.
     _positions: dict[Tensor, tuple[Tensor, Tensor]]
+    # What captured graphs use, which may be replayed as long as the optimizer lives.
+    _captured: list[Any]
     # What steps parameters in the backward pass, if anything does.
     _in_backward: StepInBackward | None = None
 
@@ -216,6 +227,7 @@ class FusedOptimizer(Optimizer):
         self._swapped = False
         self._plans = {}
         self._positions = {}
+        self._captured = []
         self._number = compiled.number_of(self)
         self._measurements = Measurements()
         self._step_options()
@@ -418,19 +430,21 @@ class FusedOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        idle = () if self._in_backward is None else self._in_backward.idle_groups()
         device = self._device_of_decisions()
         if device is not None:
             self._step_on_device(device)
             return loss
         options = self._step_options()
         if "found_inf" in self.__dict__ and one_number("found_inf", self.found_inf):
-            self._zero_unread_grads(options)
-            return loss
+            if not (options.measures_norm and options.norm_process_groups):
+                self._zero_unread_grads(options)
+                return loss
+            options = replace(options, overflow=True)
         for group in self.param_groups:
             if isinstance(group["schedule_step"], Tensor):  # of steps on the device
                 group["schedule_step"] = int(group["schedule_step"])
         former: list[tuple[dict[str, Any], Any]] = []
-        idle = () if self._in_backward is None else self._in_backward.idle_groups()
         for group in self.param_groups:
             if group["schedule"] is not None:
                 former = self._follow_schedules(idle)
@@ -483,12 +497,16 @@ class FusedOptimizer(Optimizer):
             return None
         amp = (self.__dict__.get("grad_scale"), self.__dict__.get("found_inf"))
         decides = self.max_grad_norm is not None or self.skip_nonfinite or capturable
-        if decides or any(isinstance(value, Tensor) and value.is_cuda for value in amp):
+        if not decides and not any(isinstance(value, Tensor) and value.is_cuda for value in amp):
+            return None
+        registered = self._registered
+        if capturable or (registered is not None and registered.device_step is not None):
             return param.device
-        return None
+        params = chain.from_iterable(self._param_lists())
+        return param.device if all(other.device == param.device for other in params) else None
 
     def _step_on_device(self, device: torch.device) -> None:
-        options = self._step_options(on_device=True)
+        options = self._step_options(device)
         plans = [self._planned(index, device) for index in range(len(self.param_groups))]
         amp = Amp(self.__dict__.get("grad_scale"), self.__dict__.get("found_inf"))
         inputs = DeviceInputs(plans, amp)
@@ -523,14 +541,12 @@ class FusedOptimizer(Optimizer):
             )
         count = group["schedule_step"]
         if not isinstance(count, Tensor) or count.device != device:
+            refuse_capture(device, "a first step of a param group")
             count = torch.tensor(int(count), dtype=torch.int64, device=device)
             group["schedule_step"] = count
         values = self._values(group)
         key = (
-            *(
-                (value.data_ptr(), value.dtype) if isinstance(value, Tensor) else value
-                for value in values
-            ),
+            *(_identity(value, device) if isinstance(value, Tensor) else value for value in values),
             *(group["differentiable"], group.get(_FLAG), group["schedule"], count.data_ptr()),
         )
         known = self._plans.get(index)
@@ -543,22 +559,48 @@ class FusedOptimizer(Optimizer):
         return known[1]
 
     def _new_device_step(self, device: torch.device, members: Sequence[Member]) -> DeviceStep:
-        def number(value: float) -> Tensor:
-            return torch.tensor(value, dtype=torch.float32, device=device)
+        def position(is_new: bool, known: Tensor | None) -> Tensor:
+            if known is not None and not is_new:
+                return known
+            return torch.tensor(not is_new, dtype=torch.float32, device=device)
 
+        steps: list[Tensor | None] = []
+        averaged: list[Tensor | None] = []
         for member in members:
-            if member.fresh or member.unaveraged:
-                self._positions[member.param] = (
-                    number(not member.fresh),
-                    number(not member.unaveraged),
-                )
-            elif member.param not in self._positions and member.state:
-                self._positions[member.param] = number(True), number(True)
-        nowhere = number(False), number(False)
-        steps, averaged = zip(
-            *(self._positions.get(member.param, nowhere) for member in members), strict=True
-        )
-        return DeviceStep(device, list(steps), list(averaged), len(self.param_groups))
+            step, average = self._positions.get(member.param, (None, None))
+            if member.state:
+                step = position(member.fresh, step)
+                average = position(member.unaveraged, average)
+                self._positions[member.param] = step, average
+            steps.append(step)
+            averaged.append(average)
+        return DeviceStep(device, steps, averaged, len(self.param_groups), self._captured)
+
+    def _begun(self, param: Tensor) -> dict[str, Any]:
+        """The state of a parameter without what was created for a step that the device skipped.
+
+        The host waits where the device has counted.
+        """
+        state = self._state.get(param, {})
+        if param not in self._positions:
+            return state
+        steps, averaged = self._positions[param]
+        has_stepped, has_average = bool(state.get("step", steps)), bool(averaged)
+        return {
+            name: value
+            for name, value in state.items()
+            if (has_average if name == EMA else has_stepped)
+        }
+
+    def _count_on_host(self) -> None:
+        """Drops what the device has not begun, and what it counted beside the states."""
+        for param in self._positions:
+            state = self._state.get(param, {})
+            for name in state.keys() - self._begun(param).keys():
+                del state[name]
+            if not state:
+                self._state.pop(param, None)
+        self._positions = {}
 
     def _place_scalars(self, param: Tensor, device: torch.device) -> None:
         """Puts the counts of a parameter where a step reads them."""
@@ -568,17 +610,22 @@ class FusedOptimizer(Optimizer):
             if scalar and value.device != device:
                 state[name] = value.to(device)
 
-    def _step_options(self, on_device: bool = False) -> StepOptions:
-        """What this step does beside its rule, checked; the scale is read on the host."""
+    def _step_options(self, device: torch.device | None = None) -> StepOptions:
+        """What this step does beside its rule, checked.
+
+        The host reads the scale, unless a device decides, and the limit, unless it is there.
+        """
         if self._swapped:
             raise RuntimeError("step: found the averages in the parameters' place (swap_ema)")
-        scale = None if on_device else self.__dict__.get("grad_scale")
+        scale = None if device is not None else self.__dict__.get("grad_scale")
         limit = self.max_grad_norm
-        if isinstance(limit, Tensor) and not on_device:
+        if isinstance(limit, Tensor) and (device is None or is_read_on_host(limit, device)):
             limit = one_number("max_grad_norm", limit)
+        # An overflow that the scaler found on another rank is known by the norm.
+        shares = limit is not None and self.norm_process_groups and "found_inf" in self.__dict__
         values = (
             limit,
-            self.skip_nonfinite,
+            True if shares else self.skip_nonfinite,
             self.ema_decay,
             self.zero_grads,
             self.collect_telemetry,
@@ -718,7 +765,15 @@ class FusedOptimizer(Optimizer):
         inputs: DeviceInputs | None = None,
     ) -> Outcome:
         """Steps over a new registration, which is kept for the steps that follow."""
-        begins = not any(EMA in state for state in self._state.values())
+        if inputs is None:
+            self._count_on_host()
+        else:
+            refuse_capture(
+                inputs.plans[0].schedule_step.device,
+                "parameters that are not registered: at their first step, or since "
+                "optimizer.state or state_dict() was read",
+            )
+        begins = not any(EMA in state and EMA in self._begun(p) for p, state in self._state.items())
         registered, outcome = self._step_anew(self._places(), current, options, begins, inputs)
         self._give_up_registered()
         if registered is not None:
@@ -746,6 +801,7 @@ class FusedOptimizer(Optimizer):
             )
             if outcome is not Outcome.STALE:
                 return
+        self._count_on_host()
         registered, _ = self._step_anew([place], current, options, begins=True)
         if registered is not None:
             registered.native.remember([], {param: self._state.get(param, {})})
@@ -788,7 +844,7 @@ class FusedOptimizer(Optimizer):
                 group = self.param_groups[index]
                 param = group["params"][i]
                 active = param.requires_grad or param.grad is not None
-                names = self._state_names(group)
+                names = self._state_names(group if inputs is None else inputs.plans[index].values)
                 layout = self._layout(group, i) if active else Layout("", "", param.dtype, False)
                 stateless = not (names or self._counts or self._scalar)
                 besides = {EMA, layout.beside_key}
@@ -801,7 +857,8 @@ class FusedOptimizer(Optimizer):
                     if fresh or unaveraged or joined:
                         former[param] = frozenset(keys) if param in self._state else None
                     if fresh:
-                        self._state[param].update(self._initial_state(param, group, layout))
+                        initial = self._initial_state(param, group, names, layout)
+                        self._state[param].update(initial)
                     if joined:
                         _, beside = beside_of(_widened(param), layout, param)
                         self._state[param][layout.beside_key] = beside
@@ -858,14 +915,14 @@ class FusedOptimizer(Optimizer):
         return [int(group["schedule_step"]) for group in self.param_groups]
 
     def _initial_state(
-        self, param: Tensor, group: dict[str, Any], layout: Layout
+        self, param: Tensor, group: dict[str, Any], names: tuple[str, ...], layout: Layout
     ) -> dict[str, Any]:
         state: dict[str, Any] = {}
         if self._counts:
             state["step"] = torch.zeros((), dtype=torch.float32, device="cpu")
         if self._scalar is not None:
             state[self._scalar] = torch.ones((), dtype=torch.float64, device="cpu")
-        for name in self._state_names(group):
+        for name in names:
             values = torch.full_like(
                 param,
                 self._initial_value(name, group),
@@ -888,6 +945,12 @@ class FusedOptimizer(Optimizer):
             if isinstance(group["schedule"], Schedule):
                 group["schedule"] = group["schedule"].describe()
             group["schedule_step"] = int(group["schedule_step"])
+        if self._positions:
+            keys = chain.from_iterable(group["params"] for group in found["param_groups"])
+            for key, param in zip(keys, chain.from_iterable(self._param_lists()), strict=True):
+                if key in found["state"]:
+                    found["state"][key] = self._begun(param)
+            found["state"] = {key: state for key, state in found["state"].items() if state}
         return found
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -1101,7 +1164,12 @@ class FusedOptimizer(Optimizer):
     # --- Pickling and copying --------------------------------------------------------------------
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), **{name: getattr(self, name) for name in _KEPT}}
+        kept = {**super().__getstate__(), **{name: getattr(self, name) for name in _KEPT}}
+        if self._positions:
+            begun = {param: self._begun(param) for param in self._state}
+            states = {param: state for param, state in begun.items() if state}
+            kept["state"] = defaultdict(dict, states)
+        return kept
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -1112,6 +1180,7 @@ class FusedOptimizer(Optimizer):
         if "_measurements" not in self.__dict__:  # a copy
             self._measurements = Measurements()
             self._swapped = False
+            self._captured = []
         self._plans = {}
         self._positions = {}
         self._number = compiled.number_of(self)
@@ -1130,6 +1199,13 @@ def master_parameters(optimizer: FusedOptimizer) -> Iterator[Tensor]:
 def _restore(former: list[tuple[dict[str, Any], Any]]) -> None:
     for group, multiplier in former:
         group["schedule_multiplier"] = multiplier
+
+
+def _identity(value: Tensor, device: torch.device) -> Any:
+    """What tells a tensor of a group from another, to a step on a device."""
+    if is_read_on_host(value, device):
+        return value.item()
+    return value.data_ptr(), value.dtype
 
 
 def _widened(param: Tensor) -> Tensor:

@@ -54,7 +54,8 @@ def step_in_backward(
     afterwards (DistributedDataParallel and the like), and activation checkpoints with
     ``use_reentrant=True``, which are backward passes within the backward pass. All of these are
     refused as far as they can be seen: a DistributedDataParallel is when it is given itself, and a
-    GradScaler when ``optimizer.grad_scale`` is set, which it is within ``scaler.step``.
+    GradScaler when ``optimizer.grad_scale`` or ``found_inf`` is set, as within ``scaler.step``.
+    ``capturable=True`` is refused, too.
 
     Args:
         model_or_params: the model, or parameters. Those that need a gradient now, and that the
@@ -183,6 +184,8 @@ class StepInBackward:
         """Steps the first parameter of a group in a pass, for which the group steps as well."""
         optimizer = self.optimizer
         group = optimizer.param_groups[place[0]]
+        if isinstance(group["schedule_step"], Tensor):  # of steps on the device
+            group["schedule_step"] = int(group["schedule_step"])
         former = group["schedule_multiplier"]
         try:
             if group["schedule"] is not None:
@@ -257,12 +260,19 @@ def _chosen(params: list[Tensor], optimizer: FusedOptimizer) -> list[Tensor]:
 
 
 def _refuse_unsupported(optimizer: FusedOptimizer) -> None:
-    for option in ("max_grad_norm", "skip_nonfinite", "collect_telemetry", "grad_scale"):
+    scaler = ("grad_scale", "found_inf")
+    for option in ("max_grad_norm", "skip_nonfinite", "collect_telemetry", *scaler):
         value: object = getattr(optimizer, option, None)
         if value is not None and value is not False:
             raise RuntimeError(
                 f"step_in_backward: found {option} {value!r} of the optimizer; accepted: without, "
                 "since what it needs is known only when the backward pass is over"
+            )
+    for index, group in enumerate(optimizer.param_groups):
+        if group["capturable"]:
+            raise RuntimeError(
+                f"step_in_backward: found capturable=True in param group {index}; accepted: False, "
+                "since the host counts the steps of a backward pass"
             )
 
 

@@ -406,7 +406,12 @@ def test_second_registration_is_refused() -> None:
     twins.check()
 
 
-OPTIONS = [("max_grad_norm", 1.0), ("skip_nonfinite", True), ("grad_scale", torch.ones(()))]
+OPTIONS = [
+    ("max_grad_norm", 1.0),
+    ("skip_nonfinite", True),
+    ("grad_scale", torch.ones(())),
+    ("found_inf", torch.zeros(())),  # as a scaler that has unscaled leaves it alone
+]
 
 
 @pytest.mark.parametrize(("option", "value"), OPTIONS, ids=lambda value: str(value))
@@ -430,6 +435,55 @@ def test_options_that_need_all_gradients_are_refused(option: str, value: Any, wh
         delattr(optimizer, option)
         backward(model, 0)
         assert all(param.grad is not None for param in model.parameters())
+
+
+@pytest.mark.parametrize("when", ["before", "backward", "step"])
+def test_capturable_is_refused(when: str) -> None:
+    model = make_model()
+    optimizer = FusedAdamW(model.parameters(), capturable=when == "before")
+    if when != "before":
+        step_in_backward(model, optimizer)
+    optimizer.param_groups[0]["capturable"] = True
+    act: dict[str, Callable[[], Any]] = {
+        "before": lambda: step_in_backward(model, optimizer),
+        "backward": lambda: backward(model, 0),
+        "step": optimizer.step,
+    }
+    with pytest.raises(RuntimeError, match="found capturable=True in param group 0; accepted: F"):
+        act[when]()
+
+
+def test_after_steps_on_the_device() -> None:
+    """Which left their counts there, and one of which was skipped."""
+    models, optimizers = [], []
+    for on_device in (False, True):
+        model = make_model()
+        optimizer = FusedAdamW(
+            model.parameters(),
+            **LOUD,
+            schedule=schedules.StepDecay(1),
+            capturable=on_device,
+            ema_decay=0.5,
+            engine="cuda-on-host" if on_device else "cpu",
+        )
+        if on_device:
+            optimizer.found_inf = torch.ones(())
+            backward(model, 0)
+            optimizer.step()
+            optimizer.zero_grad()
+            del optimizer.found_inf
+        backward(model, 1)
+        optimizer.step()
+        optimizer.zero_grad()
+        optimizer.param_groups[0]["capturable"] = False
+        step_in_backward(model, optimizer)
+        for t in (2, 3):
+            backward(model, t)
+        assert optimizer.param_groups[0]["schedule_step"] == 3
+        models.append(list(model.parameters()))
+        optimizers.append([value for s in optimizer.state.values() for value in s.values()])
+    assert_same_bits(*models)
+    assert_same_bits(*optimizers)
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
