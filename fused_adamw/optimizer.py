@@ -7,6 +7,7 @@ import functools
 import itertools
 import math
 import sys
+import warnings
 from abc import abstractmethod
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -488,8 +489,7 @@ class FusedOptimizer(Optimizer):
 
     def _step_options(self, on_device: bool = False) -> StepOptions:
         """What this step does beside its rule, checked; the scale is read on the host."""
-        if self._swapped:
-            raise RuntimeError("step: found the averages in the parameters' place (swap_ema)")
+        self._refuse_swapped("step")
         scale = None if on_device else self.__dict__.get("grad_scale")
         limit = self.max_grad_norm
         if isinstance(limit, Tensor) and not on_device:
@@ -535,23 +535,39 @@ class FusedOptimizer(Optimizer):
         """Within this scope the parameters have the values of their averages, for an evaluation.
 
         Float32 parameters change places with their averages; others get them rounded. Parameters
-        without an average stay as they are.
+        without an average stay as they are. Steps, checkpoints of the optimizer and copies of it
+        are refused meanwhile.
 
         Raises:
-            RuntimeError: within another such scope, or where there are no averages.
+            RuntimeError: within another such scope, where there are no averages, or without
+                ``ema_decay``, as steps have then left the averages behind.
         """
+        self._refuse_swapped("swap_ema")
         averaged = [(param, state[EMA]) for param, state in self._state.items() if EMA in state]
-        if self._swapped or not averaged:
-            found = "the averages in place already" if self._swapped else "no averages"
-            raise RuntimeError(f"swap_ema: found {found}, accepted: after a step with ema_decay")
+        if not averaged:
+            raise RuntimeError("swap_ema: found no averages, accepted: after a step with ema_decay")
+        if self.ema_decay is None:
+            raise RuntimeError(
+                "swap_ema: found ema_decay None, with which steps leave the averages as they are; "
+                "accepted: a number in [0, 1)"
+            )
+        kept: list[Tensor | None] = []
         self._swapped = True
-        kept = [_exchange(param, ema) for param, ema in averaged]
         try:
+            for param, ema in averaged:
+                kept.append(_exchange(param, ema))
             yield
         finally:
-            for (param, ema), values in zip(averaged, kept, strict=True):
+            for (param, ema), values in zip(averaged, kept):  # noqa: B905  as far as it came
                 _exchange_back(param, ema, values)
             self._swapped = False
+
+    def _refuse_swapped(self, what: str) -> None:
+        if self._swapped:
+            raise RuntimeError(
+                f"{what}: found the averages in the parameters' place, accepted: outside of "
+                "`with swap_ema()`"
+            )
 
     def _follow_schedules(self, idle: Collection[int]) -> list[tuple[dict[str, Any], Any]]:
         """Sets eta in the groups that have a schedule and are not idle; returns what it was."""
@@ -772,7 +788,12 @@ class FusedOptimizer(Optimizer):
     # --- Checkpoints -----------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """The state as in torch, with schedules as plain data: `schedules.Schedule.describe`."""
+        """The state as in torch, with schedules as plain data: `schedules.Schedule.describe`.
+
+        Raises:
+            RuntimeError: within `swap_ema`.
+        """
+        self._refuse_swapped("state_dict")
         found = super().state_dict()
         for group in found["param_groups"]:
             if isinstance(group["schedule"], Schedule):
@@ -784,12 +805,15 @@ class FusedOptimizer(Optimizer):
         """Loads a state dict of this class or of torch's optimizer of the same rule, whole or not.
 
         States are copied to their parameter's device and to ``state_dtype`` (by default the
-        parameter's dtype); nothing is shared with ``state_dict``.
+        parameter's dtype); nothing is shared with ``state_dict``. Averages are loaded without
+        ``ema_decay`` too, with a warning that steps will leave them as they are.
 
         Raises:
             ValueError: another algorithm, decay convention, number or size of groups, shape, or a
                 value out of range; the optimizer is then as it was.
+            RuntimeError: within `swap_ema`.
         """
+        self._refuse_swapped("load_state_dict")
         state_dict = state_dict.copy()
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
             replaced = pre_hook(self, state_dict)
@@ -802,6 +826,14 @@ class FusedOptimizer(Optimizer):
                 )
         groups = self._loaded_groups(state_dict["param_groups"])
         states = self._loaded_states(state_dict, groups)
+        if self.ema_decay is None and any(
+            EMA in states.get(param, ()) for group in groups for param in group["params"]
+        ):
+            warnings.warn(
+                "ema_decay: found None beside a state_dict with averages, which steps will leave "
+                "as they are; accepted: the decay with which they are to go on",
+                stacklevel=2,
+            )
         self.__setstate__({"state": states, "param_groups": groups})
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
@@ -933,6 +965,7 @@ class FusedOptimizer(Optimizer):
     # --- Pickling and copying --------------------------------------------------------------------
 
     def __getstate__(self) -> dict[str, Any]:
+        self._refuse_swapped("copying or pickling an optimizer")
         return {**super().__getstate__(), **{name: getattr(self, name) for name in _KEPT}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
