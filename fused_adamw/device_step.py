@@ -140,6 +140,11 @@ class DeviceStep:
         self._tables: dict[str, tuple[bytes, Tensor]] = {}
         self._kept: list[Any] = []  # what a captured graph reads
 
+    @property
+    def skip(self) -> Tensor:
+        """Whether the latest step was skipped, int32 []."""
+        return self._skip
+
     def prepare(
         self,
         native: _C.ParameterList,

@@ -12,6 +12,7 @@ from abc import abstractmethod
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from copy import deepcopy
+from dataclasses import replace
 from itertools import chain
 from typing import TYPE_CHECKING, Any, TypedDict, TypeVar, overload
 
@@ -345,8 +346,10 @@ class FusedOptimizer(Optimizer):
             return loss
         options = self._step_options()
         if "found_inf" in self.__dict__ and one_number("found_inf", self.found_inf):
-            self._zero_unread_grads(options)
-            return loss
+            if not options.measures_norm:
+                self._skip_unread(options)
+                return loss
+            options = replace(options, overflow=True)
         for group in self.param_groups:
             if isinstance(group["schedule_step"], Tensor):  # of steps on the device
                 group["schedule_step"] = int(group["schedule_step"])
@@ -509,7 +512,10 @@ class FusedOptimizer(Optimizer):
             known = self._known_options = key, StepOptions(*values).check()
         return known[1]
 
-    def _zero_unread_grads(self, options: StepOptions) -> None:
+    def _skip_unread(self, options: StepOptions) -> None:
+        """What is done after an overflow where nothing asks for the gradients."""
+        if options.telemetry:
+            self._measurements.observe_skip(len(self.param_groups))
         if not options.zero_grads:
             return
         grads = [p.grad for group in self.param_groups for p in group["params"]]
@@ -519,9 +525,11 @@ class FusedOptimizer(Optimizer):
     def grad_norm(self) -> Tensor | None:
         """The norm of all gradients, unscaled, of the last step that measured it: float32 [].
 
-        Measured with ``max_grad_norm`` or ``skip_nonfinite``; None before.
+        Steps with ``max_grad_norm`` or ``skip_nonfinite`` measure it before they clip, those that
+        are skipped after an overflow too; None before. Later steps do not change the tensor.
         """
-        return self._measurements.grad_norm
+        norm = self._measurements.grad_norm
+        return None if norm is None else norm.clone()
 
     def telemetry(self) -> list[GroupTelemetry] | None:
         """What the last step with ``telemetry=True`` did to each param group; None before.

@@ -178,12 +178,15 @@ class RegisteredList:
         coefficient = 1.0
         if self.device_step is not None:
             assert inputs is not None
-            if options.telemetry:
+            skip = torch.zeros_like(self.device_step.skip) if options.telemetry else None
+            if skip is not None:
                 scale = inputs.amp.grad_scale
                 kept = 1.0 if scale is None else scale.clone()  # the scaler will change its own
-                measurements.observe(self.native, engines, buckets, groups, kept)
+                measurements.observe(self.native, engines, buckets, groups, kept, skip)
             if buckets:
                 self.device_step.prepare(self.native, engines, buckets, inputs, options)
+                if skip is not None:
+                    skip.copy_(self.device_step.skip)
             else:
                 for plan in inputs.plans:
                     plan.schedule_step.add_(1)
@@ -191,9 +194,11 @@ class RegisteredList:
                 measurements.grad_norm = self.device_step.grad_norm
         elif options.measures_norm:
             norm = measurements.measure_norm(self.native, engines, buckets, groups, options)
-            if options.skip_nonfinite and not math.isfinite(norm):
+            if options.overflow or (options.skip_nonfinite and not math.isfinite(norm)):
                 if options.zero_grads:
                     zero(self.native.zeroed)
+                if options.telemetry:
+                    measurements.observe_skip(groups)
                 return Outcome.SKIPPED
             if options.max_grad_norm is not None:
                 coefficient = _C.clip_coefficient(norm, float(options.max_grad_norm))

@@ -46,6 +46,7 @@ class StepOptions:
         telemetry: whether the step is observed.
         norm_process_groups: over whose ranks the squared norm is summed, one group after the other.
         grad_scale: what the loss was multiplied by.
+        overflow: whether the scaler found one, after which the norm alone is measured.
     """
 
     max_grad_norm: float | Tensor | None = None
@@ -55,6 +56,7 @@ class StepOptions:
     telemetry: bool = False
     norm_process_groups: Sequence[Any] = ()
     grad_scale: float = 1.0
+    overflow: bool = False
 
     @property
     def measures_norm(self) -> bool:
