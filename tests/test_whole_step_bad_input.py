@@ -158,6 +158,36 @@ def test_gradients_that_cannot_be_zeroed(cls: Any, change: Any, message: str) ->
             optimizer.step()
 
 
+def assert_overlap(optimizer: FusedOptimizer, params: list[nn.Parameter], label: str) -> None:
+    """Without a look at the state, which would have everything checked anew."""
+    before = [param.detach().clone() for param in params]
+    with pytest.raises(ValueError, match=f"{label} has a gradient that shares memory with that of"):
+        optimizer.step()
+    assert all(map(torch.equal, params, before))
+
+
+def test_gradients_that_come_to_overlap_in_place() -> None:
+    """At the addresses of a step before: of another parameter, or of wider elements."""
+    params = make_params([(4,), (8,), (5,)])
+    memory = torch.ones(9)
+    optimizer = FusedAdamW(params, zero_grads=True)
+    train(optimizer, params, range(1))
+    params[0].grad, params[1].grad, params[2].grad = memory[:4], None, memory[4:]
+    optimizer.step()
+    params[0].grad, params[1].grad = None, memory[:8]
+    assert_overlap(optimizer, params, "parameter 2")
+
+    params = make_params([(4,), (2,)], torch.bfloat16)
+    memory = torch.ones(4)
+    for param in params:
+        param.grad_dtype = None
+    params[0].grad, params[1].grad = memory[:2].view(torch.bfloat16), memory[2:]
+    optimizer = FusedAdamW(params, zero_grads=True)
+    optimizer.step()
+    params[0].grad = memory
+    assert_overlap(optimizer, params, "parameter 1")
+
+
 def test_shared_gradients_are_read_where_they_are_not_zeroed() -> None:
     for change in (expanded, with_gaps, the_same, strided_in_a_parameter):
         params = make_params([(3, 4), (5,)])
