@@ -134,6 +134,8 @@ class FusedOptimizer(Optimizer):
     _plans: dict[int, tuple[tuple[Any, ...], GroupPlan]]
     # Of each parameter what only the device counts: steps taken, and whether its average has begun.
     _positions: dict[Tensor, tuple[Tensor, Tensor]]
+    # Whether a step was taken, for torch's schedulers, which warn where none was.
+    _opt_called: bool
     # What steps parameters in the backward pass, if anything does.
     _in_backward: StepInBackward | None = None
 
@@ -660,7 +662,7 @@ class FusedOptimizer(Optimizer):
         inputs: DeviceInputs | None = None,
     ) -> Outcome:
         """Steps over a new registration, which is kept for the steps that follow."""
-        begins = not any(EMA in state for state in self._state.values())
+        begins = self._averages_begin()
         registered, outcome = self._step_anew(self._places(), current, options, begins, inputs)
         self._give_up_registered()
         if registered is not None:
@@ -668,8 +670,15 @@ class FusedOptimizer(Optimizer):
             self._registered = registered
         return outcome
 
-    def _step_alone(self, place: Place, hyperparameters: _C.Hyperparameters) -> None:
-        """Steps one parameter, which has a gradient, over a list of its own; likewise kept."""
+    def _averages_begin(self) -> bool:
+        """Whether averages that the next step creates begin with its result, not before it."""
+        return not any(EMA in state for state in self._state.values())
+
+    def _step_alone(self, place: Place, hyperparameters: _C.Hyperparameters, begins: bool) -> None:
+        """Steps one parameter, which has a gradient, over a list of its own; likewise kept.
+
+        What `begins` is of the first one in a backward pass holds for them all.
+        """
         param = self.param_groups[place[0]]["params"][place[1]]
         current = [hyperparameters] * (place[0] + 1)
         options = self._step_options()
@@ -687,7 +696,7 @@ class FusedOptimizer(Optimizer):
             )
             if outcome is not Outcome.STALE:
                 return
-        registered, _ = self._step_anew([place], current, options, begins=True)
+        registered, _ = self._step_anew([place], current, options, begins)
         if registered is not None:
             registered.native.remember([], {param: self._state.get(param, {})})
             self._registered_alone[param] = registered
