@@ -9,7 +9,9 @@ from fused_adamw.adam import FusedAdam, FusedAdamProx, FusedAdamW
 from fused_adamw.adamax import FusedAdamax
 from fused_adamw.engines import available_engines, engine_status
 from fused_adamw.lion import FusedLion
+from fused_adamw.measurements import GroupTelemetry
 from fused_adamw.nadam import FusedNadam, FusedNadamW
+from fused_adamw.optimizer import FusedOptimizer
 from fused_adamw.rmsprop import FusedRMSprop
 from fused_adamw.sgd import FusedSGD, FusedSGDW
 from fused_adamw.step_in_backward import step_in_backward
@@ -29,9 +31,11 @@ __all__ = [
     "FusedLion",
     "FusedNadam",
     "FusedNadamW",
+    "FusedOptimizer",
     "FusedRMSprop",
     "FusedSGD",
     "FusedSGDW",
+    "GroupTelemetry",
     "available_engines",
     "convert_weight_decay",
     "engine_status",

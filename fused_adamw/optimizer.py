@@ -13,6 +13,7 @@ from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import replace
+from inspect import signature
 from itertools import chain
 from typing import TYPE_CHECKING, Any, TypedDict, TypeVar, overload
 
@@ -22,6 +23,7 @@ from torch._compile import _disable_dynamo
 from torch.compiler import is_dynamo_compiling
 from torch.optim import Optimizer
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
+from typing_extensions import Self
 
 from fused_adamw import _C, checks, compiled
 from fused_adamw.device_step import Amp, DeviceInputs, DeviceStep, GroupPlan, plan_group
@@ -39,8 +41,8 @@ if TYPE_CHECKING:
 PARAM_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Attributes that copies and pickles keep, beside what torch keeps.
 _KEPT = (
-    *("engine", "state_dtype", "max_grad_norm", "skip_nonfinite", "norm_process_groups"),
-    *("ema_decay", "zero_grads", "collect_telemetry"),
+    *("engine", "state_dtype", "max_grad_norm", "skip_nonfinite", "ema_decay", "zero_grads"),
+    "collect_telemetry",
 )
 _PLAIN = frozenset({float, int, bool, str, type(None)})
 _PLAIN_OR_TUPLE = _PLAIN | {tuple}
@@ -68,6 +70,9 @@ class Options(TypedDict, total=False):
     ema_decay: float | None
     zero_grads: bool
     telemetry: bool
+
+
+_OF_ALL_GROUPS = Options.__annotations__.keys() - {"schedule_multiplier", "schedule"}
 
 
 class FusedOptimizer(Optimizer):
@@ -105,16 +110,19 @@ class FusedOptimizer(Optimizer):
             keeps them as they are. The norm is in `grad_norm`.
         skip_nonfinite: whether a step whose norm is not finite does nothing, as after an overflow.
         norm_process_groups: the squared norm is summed over the ranks of each of these groups, one
-            after the other, where each rank has a part of the gradients.
-        ema_decay: in [0, 1): an exponential moving average of the parameters is kept in float32,
-            with the numbers of `torch.optim.swa_utils.AveragedModel` and ``get_ema_multi_avg_fn``:
-            it begins as a copy after the first step. A parameter without a gradient keeps its
-            average. See `swap_ema`.
+            after the other, where each rank has a part of the gradients. Without ``max_grad_norm``
+            or ``skip_nonfinite`` there is no norm to sum. Copies share them; pickles have none.
+        ema_decay: in [0, 1): an exponential moving average of the parameters is kept, with the
+            formula of `torch.optim.swa_utils.AveragedModel` and ``get_ema_multi_avg_fn``, but in
+            float32 where theirs has the parameter's dtype. It begins as a copy after the first
+            step; of a parameter whose first gradient comes later, as a copy before that step. A
+            parameter without a gradient keeps its average. See `swap_ema`.
         zero_grads: whether gradients are zeroed once they have been read, after an overflow too.
         telemetry: whether steps are observed; see `telemetry`.
 
     The options from ``max_grad_norm`` on are attributes too, ``telemetry`` as
-    ``collect_telemetry``, and may be changed between steps.
+    ``collect_telemetry``, and may be changed between steps. They and ``engine`` and ``state_dtype``
+    hold for all param groups, which do not take them.
     """
 
     # How the extension calls the rule.
@@ -159,7 +167,14 @@ class FusedOptimizer(Optimizer):
         ema_decay: float | None = None,
         zero_grads: bool = False,
         telemetry: bool = False,
+        **unknown: object,
     ) -> None:
+        for name in unknown:
+            own = [key for key in signature(type(self)).parameters if key != "options"]
+            raise TypeError(
+                f"{type(self).__name__}: found an argument {name!r}, accepted: "
+                f"{', '.join([*own, *Options.__annotations__])}"
+            )
         check_engine(engine)
         if state_dtype is not None and state_dtype not in PARAM_DTYPES:
             raise TypeError(f"state_dtype: found {state_dtype}, accepted: None or {PARAM_DTYPES}")
@@ -260,6 +275,12 @@ class FusedOptimizer(Optimizer):
                     param_group["decay"] = decay_of_flag(flag)
             param_group.setdefault(_FLAG, self._decouples(param_group))
         count = len(self.param_groups)
+        if isinstance(param_group, dict):
+            for name in sorted(_OF_ALL_GROUPS & param_group.keys()):
+                raise ValueError(
+                    f"param group {count}: {name}: found {param_group[name]!r}; accepted: as an "
+                    "option of the optimizer, for all param groups"
+                )
         self._refuse_repeated(param_group)
         try:
             super().add_param_group(param_group)
@@ -533,12 +554,21 @@ class FusedOptimizer(Optimizer):
         norm = self._measurements.grad_norm
         return None if norm is None else norm.clone()
 
-    def telemetry(self) -> list[GroupTelemetry] | None:
-        """What the last step with ``telemetry=True`` did to each param group; None before.
+    @property
+    def telemetry(self) -> Callable[[], list[GroupTelemetry] | None]:
+        """``telemetry()`` is what the last observed step did to each param group; None before.
 
-        The host waits for the step.
+        The host waits for the step. Steps are observed while ``collect_telemetry`` is True. See
+        `GroupTelemetry` for the numbers.
         """
-        return self._measurements.telemetry()
+        return self._measurements.telemetry
+
+    @telemetry.setter
+    def telemetry(self, value: object) -> None:
+        raise AttributeError(
+            f"telemetry: found the assignment of {value!r} to a method; accepted: "
+            "collect_telemetry = True or False"
+        )
 
     @contextlib.contextmanager
     def swap_ema(self) -> Iterator[None]:
@@ -913,6 +943,9 @@ class FusedOptimizer(Optimizer):
 
     def _equivalent(self, saved: dict[str, Any], decay: str) -> str:
         """The weight decay of a saved group in another convention, as a sentence."""
+        plain_sgd = self._is_plain_sgd(saved)
+        if "l2" in (saved["decay"], decay) and not plain_sgd:
+            return f"There is no equivalent in {decay!r}: 'l2' decays by way of the moments"
         try:
             converted = convert_weight_decay(
                 float(saved["weight_decay"]),
@@ -920,7 +953,7 @@ class FusedOptimizer(Optimizer):
                 target=decay,
                 lr=float(saved["lr"]),
                 schedule_multiplier=float(saved.get("schedule_multiplier", 1.0)),
-                plain_sgd=self._is_plain_sgd(saved),
+                plain_sgd=plain_sgd,
             )
         except (TypeError, ValueError) as error:
             return f"There is no equivalent in {decay!r}: {error}"
@@ -994,9 +1027,17 @@ class FusedOptimizer(Optimizer):
         if "_measurements" not in self.__dict__:  # a copy
             self._measurements = Measurements()
             self._swapped = False
+            self.norm_process_groups = ()
         self._plans = {}
         self._positions = {}
         self._number = compiled.number_of(self)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        copied = type(self).__new__(type(self))
+        memo[id(self)] = copied
+        copied.__setstate__(deepcopy(self.__getstate__(), memo))
+        copied.norm_process_groups = self.norm_process_groups
+        return copied
 
 
 def _restore(former: list[tuple[dict[str, Any], Any]]) -> None:

@@ -71,6 +71,38 @@ def test_every_class_takes_and_checks_options(cls: Any) -> None:
         cls(make_params(), max_grad_norm=0.0)
 
 
+OF_ALL_GROUPS = {**GOOD, "engine": "cpu", "state_dtype": torch.float32}
+
+
+@pytest.mark.parametrize("name", OF_ALL_GROUPS)
+def test_option_of_all_groups_in_one(name: str) -> None:
+    """It would have no effect there: at construction, and for a group that comes later."""
+    first, second = make_params([(3, 4), (5,)])
+    message = rf"^param group 1: {name}: found .*; accepted: as an option of the optimizer"
+    group = {"params": [second], name: OF_ALL_GROUPS[name]}
+    with pytest.raises(ValueError, match=message):
+        FusedAdamW([{"params": [first]}, group])
+    optimizer = FusedAdamW([first])
+    with refused(optimizer, ValueError, message):
+        optimizer.add_param_group(group)
+    assert len(optimizer.param_groups) == 1
+
+
+@pytest.mark.parametrize("cls", CLASSES, ids=lambda cls: cls.__name__)
+def test_unknown_argument(cls: Any) -> None:
+    with pytest.raises(TypeError) as caught:
+        cls(make_params(), clip=1.0)
+    accepted = "accepted: params, lr, .*, state_dtype, max_grad_norm, .*, telemetry$"
+    assert_clear(caught.value, rf"^{cls.__name__}: found an argument 'clip', {accepted}")
+
+
+def test_telemetry_is_no_attribute_to_set() -> None:
+    optimizer = FusedAdamW(make_params())
+    with pytest.raises(AttributeError, match=r"^telemetry: .*accepted: collect_telemetry = True"):
+        optimizer.telemetry = True
+    assert optimizer.telemetry() is None
+
+
 SCALES: list[tuple[Any, type[Exception]]] = [
     (torch.ones(2), ValueError),
     (torch.ones(0), ValueError),
