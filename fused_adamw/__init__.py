@@ -1,6 +1,15 @@
 """Optimizers whose whole update is one pass over memory, with the same bits on every engine."""
 
+from importlib.util import find_spec
+
 import torch  # noqa: F401  first: the extension then shares torch's OpenMP threads
+
+if find_spec("fused_adamw._C") is None:
+    raise ImportError(
+        f"fused_adamw: found no extension for this Python in {__path__[0]}; accepted: a folder in "
+        "which it was built (pip install -e .), or another working directory than the checkout, "
+        "where Python finds what pip install . has installed"
+    )
 
 from fused_adamw import _C, functional, schedules
 from fused_adamw.adadelta import FusedAdadelta
