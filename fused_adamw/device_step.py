@@ -193,6 +193,11 @@ class DeviceStep:
         self._tables: dict[str, _Table] = {}
         self._captured = captured
 
+    @property
+    def skip(self) -> Tensor:
+        """Whether the latest step was skipped, int32 []."""
+        return self._skip
+
     def prepare(
         self,
         native: _C.ParameterList,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -17,22 +18,30 @@ from fused_adamw.whole_step import StepOptions
 
 
 class GroupTelemetry(NamedTuple):
-    """What a step did to a param group; the norms are rounded to float32.
+    """What a step did to the parameters of a group that had a gradient, on this rank.
+
+    The numbers are floats, norms rounded to float32; all are NaN, and the count None, of a step
+    that was skipped.
 
     Attributes:
         grad_norm: of the gradients, unscaled and not clipped.
         update_norm: of the change of the parameters as they are stored.
         param_norm: of the parameters after the step.
-        nonfinite_grads: number of gradients that are infinite or NaN.
-        lost_fraction: out of all parameters, those that the step left as they were though their
-            gradient is not zero: the update was rounded to nothing.
+        nonfinite_grads: number of elements of gradients that are infinite or NaN.
+        lost_fraction: of the elements of parameters, those that the step left as they were though
+            their gradient is not zero: the update was rounded to nothing.
+        skipped: whether nothing was updated, because of an overflow or ``skip_nonfinite``.
     """
 
     grad_norm: float
     update_norm: float
     param_norm: float
-    nonfinite_grads: int
+    nonfinite_grads: int | None
     lost_fraction: float
+    skipped: bool = False
+
+
+_SKIPPED = GroupTelemetry(math.nan, math.nan, math.nan, None, math.nan, skipped=True)
 
 
 @dataclass(frozen=True)
@@ -41,6 +50,7 @@ class _Observed:
     runs: _C.ChunkRuns
     numels: list[int]  # of each param group
     grad_scale: float | Tensor
+    skip: Tensor | None  # where the device decides, whether it skipped: int32 []
 
 
 class Measurements:
@@ -52,7 +62,7 @@ class Measurements:
 
     def __init__(self) -> None:
         self.grad_norm: Tensor | None = None
-        self._observed: _Observed | None = None
+        self._observed: _Observed | int | None = None  # of so many groups nothing: skipped
 
     def measure_norm(
         self,
@@ -86,8 +96,9 @@ class Measurements:
         buckets: Sequence[_C.Bucket],
         groups: int,
         grad_scale: float | Tensor,
+        skip: Tensor | None = None,
     ) -> None:
-        """Has the buckets observed as they are updated.
+        """Has the buckets observed as they are updated, unless the device then sets `skip`.
 
         Raises:
             RuntimeError: an engine does not observe, or there are several devices.
@@ -105,13 +116,21 @@ class Measurements:
                 numels[group] += numel
         sums = next(iter(columns.values()), torch.empty(0, _C.OBSERVED, dtype=torch.float64))
         native.set_observed(sums.data_ptr())
-        self._observed = _Observed(sums, native.chunk_runs, numels, grad_scale)
+        self._observed = _Observed(sums, native.chunk_runs, numels, grad_scale, skip)
+
+    def observe_skip(self, groups: int) -> None:
+        """Notes that a step over `groups` param groups was skipped."""
+        self._observed = groups
 
     def telemetry(self) -> list[GroupTelemetry] | None:
         """Of each param group at the last step that was observed; None before."""
         observed = self._observed
         if observed is None:
             return None
+        if isinstance(observed, int):
+            return [_SKIPPED] * observed
+        if observed.skip is not None and observed.skip.item():
+            return [_SKIPPED] * len(observed.numels)
         sums = _folded(observed.sums, observed.runs, len(observed.numels)).tolist()
         return [
             GroupTelemetry(

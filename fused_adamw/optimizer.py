@@ -7,11 +7,13 @@ import functools
 import itertools
 import math
 import sys
+import warnings
 from abc import abstractmethod
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import replace
+from inspect import signature
 from itertools import chain
 from typing import TYPE_CHECKING, Any, TypeAlias, TypedDict, TypeVar, overload
 
@@ -21,6 +23,7 @@ from torch._compile import _disable_dynamo
 from torch.compiler import is_dynamo_compiling
 from torch.optim import Optimizer
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
+from typing_extensions import Self
 
 from fused_adamw import _C, checks, compiled
 from fused_adamw.device_step import (
@@ -61,8 +64,7 @@ PARAM_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Attributes that copies and pickles keep, beside what torch keeps.
 _KEPT = (
     *("engine", "precision", "stochastic_rounding", "remainder_bits", "state_dtype"),
-    *("max_grad_norm", "skip_nonfinite", "norm_process_groups"),
-    *("ema_decay", "zero_grads", "collect_telemetry"),
+    *("max_grad_norm", "skip_nonfinite", "ema_decay", "zero_grads", "collect_telemetry"),
 )
 _PLAIN = frozenset({float, int, bool, str, type(None)})
 _PLAIN_OR_TUPLE = _PLAIN | {tuple}
@@ -96,6 +98,9 @@ class Options(TypedDict, total=False):
     ema_decay: float | None
     zero_grads: bool
     telemetry: bool
+
+
+_OF_ALL_GROUPS = Options.__annotations__.keys() - {"schedule_multiplier", "schedule", "seed"}
 
 
 class FusedOptimizer(Optimizer):
@@ -144,16 +149,19 @@ class FusedOptimizer(Optimizer):
             keeps them as they are. The norm is in `grad_norm`.
         skip_nonfinite: whether a step whose norm is not finite does nothing, as after an overflow.
         norm_process_groups: the squared norm is summed over the ranks of each of these groups, one
-            after the other, where each rank has a part of the gradients.
-        ema_decay: in [0, 1): an exponential moving average of the parameters is kept in float32,
-            with the numbers of `torch.optim.swa_utils.AveragedModel` and ``get_ema_multi_avg_fn``:
-            it begins as a copy after the first step. A parameter without a gradient keeps its
-            average. See `swap_ema`.
+            after the other, where each rank has a part of the gradients. Without ``max_grad_norm``
+            or ``skip_nonfinite`` there is no norm to sum. Copies share them; pickles have none.
+        ema_decay: in [0, 1): an exponential moving average of the parameters is kept, with the
+            formula of `torch.optim.swa_utils.AveragedModel` and ``get_ema_multi_avg_fn``, but in
+            float32 where theirs has the parameter's dtype. It begins as a copy after the first
+            step; of a parameter whose first gradient comes later, as a copy before that step. A
+            parameter without a gradient keeps its average. See `swap_ema`.
         zero_grads: whether gradients are zeroed once they have been read, after an overflow too.
         telemetry: whether steps are observed; see `telemetry`.
 
     The options from ``max_grad_norm`` on are attributes too, ``telemetry`` as
-    ``collect_telemetry``, and may be changed between steps.
+    ``collect_telemetry``, and may be changed between steps. They and ``engine`` and ``state_dtype``
+    hold for all param groups, which do not take them.
     """
 
     # How the extension calls the rule.
@@ -175,6 +183,8 @@ class FusedOptimizer(Optimizer):
     _positions: dict[Tensor, tuple[Tensor, Tensor]]
     # What captured graphs use, which may be replayed as long as the optimizer lives.
     _captured: list[Any]
+    # Whether a step was taken, for torch's schedulers, which warn where none was.
+    _opt_called: bool
     # What steps parameters in the backward pass, if anything does.
     _in_backward: StepInBackward | None = None
 
@@ -202,7 +212,14 @@ class FusedOptimizer(Optimizer):
         ema_decay: float | None = None,
         zero_grads: bool = False,
         telemetry: bool = False,
+        **unknown: object,
     ) -> None:
+        for name in unknown:
+            own = [key for key in signature(type(self)).parameters if key != "options"]
+            raise TypeError(
+                f"{type(self).__name__}: found an argument {name!r}, accepted: "
+                f"{', '.join([*own, *Options.__annotations__])}"
+            )
         check_engine(engine)
         check_precision(
             None if callable(precision) else precision,
@@ -313,6 +330,12 @@ class FusedOptimizer(Optimizer):
                     param_group["decay"] = decay_of_flag(flag)
             param_group.setdefault(_FLAG, self._decouples(param_group))
         count = len(self.param_groups)
+        if isinstance(param_group, dict):
+            for name in sorted(_OF_ALL_GROUPS & param_group.keys()):
+                raise ValueError(
+                    f"param group {count}: {name}: found {param_group[name]!r}; accepted: as an "
+                    "option of the optimizer, for all param groups"
+                )
         self._refuse_repeated(param_group)
         try:
             super().add_param_group(param_group)
@@ -437,8 +460,8 @@ class FusedOptimizer(Optimizer):
             return loss
         options = self._step_options()
         if "found_inf" in self.__dict__ and one_number("found_inf", self.found_inf):
-            if not (options.measures_norm and options.norm_process_groups):
-                self._zero_unread_grads(options)
+            if not options.measures_norm:
+                self._skip_unread(options)
                 return loss
             options = replace(options, overflow=True)
         for group in self.param_groups:
@@ -615,8 +638,7 @@ class FusedOptimizer(Optimizer):
 
         The host reads the scale, unless a device decides, and the limit, unless it is there.
         """
-        if self._swapped:
-            raise RuntimeError("step: found the averages in the parameters' place (swap_ema)")
+        self._refuse_swapped("step")
         scale = None if device is not None else self.__dict__.get("grad_scale")
         limit = self.max_grad_norm
         if isinstance(limit, Tensor) and (device is None or is_read_on_host(limit, device)):
@@ -638,7 +660,10 @@ class FusedOptimizer(Optimizer):
             known = self._known_options = key, StepOptions(*values).check()
         return known[1]
 
-    def _zero_unread_grads(self, options: StepOptions) -> None:
+    def _skip_unread(self, options: StepOptions) -> None:
+        """What is done after an overflow where nothing asks for the gradients."""
+        if options.telemetry:
+            self._measurements.observe_skip(len(self.param_groups))
         if not options.zero_grads:
             return
         grads = [p.grad for group in self.param_groups for p in group["params"]]
@@ -648,39 +673,66 @@ class FusedOptimizer(Optimizer):
     def grad_norm(self) -> Tensor | None:
         """The norm of all gradients, unscaled, of the last step that measured it: float32 [].
 
-        Measured with ``max_grad_norm`` or ``skip_nonfinite``; None before.
+        Steps with ``max_grad_norm`` or ``skip_nonfinite`` measure it before they clip, those that
+        are skipped after an overflow too; None before. Later steps do not change the tensor.
         """
-        return self._measurements.grad_norm
+        norm = self._measurements.grad_norm
+        return None if norm is None else norm.clone()
 
-    def telemetry(self) -> list[GroupTelemetry] | None:
-        """What the last step with ``telemetry=True`` did to each param group; None before.
+    @property
+    def telemetry(self) -> Callable[[], list[GroupTelemetry] | None]:
+        """``telemetry()`` is what the last observed step did to each param group; None before.
 
-        The host waits for the step.
+        The host waits for the step. Steps are observed while ``collect_telemetry`` is True. See
+        `GroupTelemetry` for the numbers.
         """
-        return self._measurements.telemetry()
+        return self._measurements.telemetry
+
+    @telemetry.setter
+    def telemetry(self, value: object) -> None:
+        raise AttributeError(
+            f"telemetry: found the assignment of {value!r} to a method; accepted: "
+            "collect_telemetry = True or False"
+        )
 
     @contextlib.contextmanager
     def swap_ema(self) -> Iterator[None]:
         """Within this scope the parameters have the values of their averages, for an evaluation.
 
         Float32 parameters change places with their averages; others get them rounded. Parameters
-        without an average stay as they are.
+        without an average stay as they are. Steps, checkpoints of the optimizer and copies of it
+        are refused meanwhile.
 
         Raises:
-            RuntimeError: within another such scope, or where there are no averages.
+            RuntimeError: within another such scope, where there are no averages, or without
+                ``ema_decay``, as steps have then left the averages behind.
         """
+        self._refuse_swapped("swap_ema")
         averaged = [(param, state[EMA]) for param, state in self._state.items() if EMA in state]
-        if self._swapped or not averaged:
-            found = "the averages in place already" if self._swapped else "no averages"
-            raise RuntimeError(f"swap_ema: found {found}, accepted: after a step with ema_decay")
+        if not averaged:
+            raise RuntimeError("swap_ema: found no averages, accepted: after a step with ema_decay")
+        if self.ema_decay is None:
+            raise RuntimeError(
+                "swap_ema: found ema_decay None, with which steps leave the averages as they are; "
+                "accepted: a number in [0, 1)"
+            )
+        kept: list[Tensor | None] = []
         self._swapped = True
-        kept = [_exchange(param, ema) for param, ema in averaged]
         try:
+            for param, ema in averaged:
+                kept.append(_exchange(param, ema))
             yield
         finally:
-            for (param, ema), values in zip(averaged, kept, strict=True):
+            for (param, ema), values in zip(averaged, kept):  # noqa: B905  as far as it came
                 _exchange_back(param, ema, values)
             self._swapped = False
+
+    def _refuse_swapped(self, what: str) -> None:
+        if self._swapped:
+            raise RuntimeError(
+                f"{what}: found the averages in the parameters' place, accepted: outside of "
+                "`with swap_ema()`"
+            )
 
     def _follow_schedules(self, idle: Collection[int]) -> list[tuple[dict[str, Any], Any]]:
         """Sets eta in the groups that have a schedule and are not idle; returns what it was."""
@@ -773,7 +825,7 @@ class FusedOptimizer(Optimizer):
                 "parameters that are not registered: at their first step, or since "
                 "optimizer.state or state_dict() was read",
             )
-        begins = not any(EMA in state and EMA in self._begun(p) for p, state in self._state.items())
+        begins = self._averages_begin()
         registered, outcome = self._step_anew(self._places(), current, options, begins, inputs)
         self._give_up_registered()
         if registered is not None:
@@ -781,8 +833,15 @@ class FusedOptimizer(Optimizer):
             self._registered = registered
         return outcome
 
-    def _step_alone(self, place: Place, hyperparameters: _C.Hyperparameters) -> None:
-        """Steps one parameter, which has a gradient, over a list of its own; likewise kept."""
+    def _averages_begin(self) -> bool:
+        """Whether averages that the next step creates begin with its result, not before it."""
+        return not any(EMA in state and EMA in self._begun(p) for p, state in self._state.items())
+
+    def _step_alone(self, place: Place, hyperparameters: _C.Hyperparameters, begins: bool) -> None:
+        """Steps one parameter, which has a gradient, over a list of its own; likewise kept.
+
+        What `begins` is of the first one in a backward pass holds for them all.
+        """
         param = self.param_groups[place[0]]["params"][place[1]]
         current = [hyperparameters] * (place[0] + 1)
         options = self._step_options()
@@ -802,7 +861,7 @@ class FusedOptimizer(Optimizer):
             if outcome is not Outcome.STALE:
                 return
         self._count_on_host()
-        registered, _ = self._step_anew([place], current, options, begins=True)
+        registered, _ = self._step_anew([place], current, options, begins)
         if registered is not None:
             registered.native.remember([], {param: self._state.get(param, {})})
             self._registered_alone[param] = registered
@@ -853,15 +912,15 @@ class FusedOptimizer(Optimizer):
                     keys = self._state.get(param, {}).keys()
                     fresh = not (stateless or keys - besides)
                     unaveraged = averages and EMA not in keys
-                    joined = layout.beside_key is not None and layout.beside_key not in keys
-                    if fresh or unaveraged or joined:
+                    joins = layout.beside_key is not None and layout.beside_key not in keys
+                    if fresh or unaveraged or joins:
                         former[param] = frozenset(keys) if param in self._state else None
                     if fresh:
                         initial = self._initial_state(param, group, names, layout)
                         self._state[param].update(initial)
-                    if joined:
+                    if joins:
                         _, beside = beside_of(_widened(param), layout, param)
-                        self._state[param][layout.beside_key] = beside
+                        self._state[param].update({layout.beside_key: beside})
                     if unaveraged:
                         self._state[param][EMA] = full_value(param, layout, self._state[param])
                 state = self._state.get(param) or {}
@@ -939,7 +998,12 @@ class FusedOptimizer(Optimizer):
     # --- Checkpoints -----------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """The state as in torch, with schedules as plain data: `schedules.Schedule.describe`."""
+        """The state as in torch, with schedules as plain data: `schedules.Schedule.describe`.
+
+        Raises:
+            RuntimeError: within `swap_ema`.
+        """
+        self._refuse_swapped("state_dict")
         found = super().state_dict()
         for group in found["param_groups"]:
             if isinstance(group["schedule"], Schedule):
@@ -959,11 +1023,15 @@ class FusedOptimizer(Optimizer):
         States are copied to their parameter's device and into its storage format, whatever format
         they were saved in; nothing is shared with ``state_dict``. Load the model first: what is
         beside a parameter (`FusedOptimizer`, ``precision``) may be converted by its values.
+        Averages are loaded without ``ema_decay`` too, with a warning that steps will leave them as
+        they are.
 
         Raises:
             ValueError: another algorithm, decay convention, number or size of groups, shape, or a
                 value out of range; the optimizer is then as it was.
+            RuntimeError: within `swap_ema`.
         """
+        self._refuse_swapped("load_state_dict")
         state_dict = state_dict.copy()
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
             replaced = pre_hook(self, state_dict)
@@ -976,6 +1044,14 @@ class FusedOptimizer(Optimizer):
                 )
         groups = self._loaded_groups(state_dict["param_groups"])
         states = self._loaded_states(state_dict, groups)
+        if self.ema_decay is None and any(
+            EMA in states.get(param, ()) for group in groups for param in group["params"]
+        ):
+            warnings.warn(
+                "ema_decay: found None beside a state_dict with averages, which steps will leave "
+                "as they are; accepted: the decay with which they are to go on",
+                stacklevel=2,
+            )
         self.__setstate__({"state": states, "param_groups": groups})
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
@@ -1038,6 +1114,9 @@ class FusedOptimizer(Optimizer):
 
     def _equivalent(self, saved: dict[str, Any], decay: str) -> str:
         """The weight decay of a saved group in another convention, as a sentence."""
+        plain_sgd = self._is_plain_sgd(saved)
+        if "l2" in (saved["decay"], decay) and not plain_sgd:
+            return f"There is no equivalent in {decay!r}: 'l2' decays by way of the moments"
         try:
             converted = convert_weight_decay(
                 float(saved["weight_decay"]),
@@ -1045,7 +1124,7 @@ class FusedOptimizer(Optimizer):
                 target=decay,
                 lr=float(saved["lr"]),
                 schedule_multiplier=float(saved.get("schedule_multiplier", 1.0)),
-                plain_sgd=self._is_plain_sgd(saved),
+                plain_sgd=plain_sgd,
             )
         except (TypeError, ValueError) as error:
             return f"There is no equivalent in {decay!r}: {error}"
@@ -1164,6 +1243,7 @@ class FusedOptimizer(Optimizer):
     # --- Pickling and copying --------------------------------------------------------------------
 
     def __getstate__(self) -> dict[str, Any]:
+        self._refuse_swapped("copying or pickling an optimizer")
         kept = {**super().__getstate__(), **{name: getattr(self, name) for name in _KEPT}}
         if self._positions:
             begun = {param: self._begun(param) for param in self._state}
@@ -1181,9 +1261,17 @@ class FusedOptimizer(Optimizer):
             self._measurements = Measurements()
             self._swapped = False
             self._captured = []
+            self.norm_process_groups = ()
         self._plans = {}
         self._positions = {}
         self._number = compiled.number_of(self)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        copied = type(self).__new__(type(self))
+        memo[id(self)] = copied
+        copied.__setstate__(deepcopy(self.__getstate__(), memo))
+        copied.norm_process_groups = self.norm_process_groups
+        return copied
 
 
 def master_parameters(optimizer: FusedOptimizer) -> Iterator[Tensor]:

@@ -113,9 +113,7 @@ class RegisteredList:
     _engines: dict[torch.device, Engine] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.draws = any(
-            member.stochastic or member.beside is not None for member in self.members
-        )
+        self.draws = any(member.stochastic or member.beside is not None for member in self.members)
         self.native = _C.ParameterList(
             params=[member.param for member in self.members],
             states=[member.state for member in self.members],
@@ -195,13 +193,16 @@ class RegisteredList:
         coefficient = 1.0
         if self.device_step is not None:
             assert inputs is not None
-            if options.telemetry:
+            skip = torch.zeros_like(self.device_step.skip) if options.telemetry else None
+            if skip is not None:
                 scale = inputs.amp.grad_scale
                 # The scaler will change its own.
                 kept = scale.clone() if isinstance(scale, torch.Tensor) else scale or 1.0
-                measurements.observe(self.native, engines, buckets, groups, kept)
+                measurements.observe(self.native, engines, buckets, groups, kept, skip)
             engine = self._engine(self.device_step.device)
             self.device_step.prepare(self.native, engine, buckets, inputs, options)
+            if skip is not None:
+                skip.copy_(self.device_step.skip)
             if options.measures_norm:
                 measurements.grad_norm = self.device_step.grad_norm
         elif options.measures_norm:
@@ -209,6 +210,8 @@ class RegisteredList:
             if options.overflow or (options.skip_nonfinite and not math.isfinite(norm)):
                 if options.zero_grads:
                     zero(self.native.zeroed)
+                if options.telemetry:
+                    measurements.observe_skip(groups)
                 return Outcome.SKIPPED
             if options.max_grad_norm is not None:
                 coefficient = _C.clip_coefficient(norm, float(options.max_grad_norm))

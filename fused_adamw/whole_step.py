@@ -46,7 +46,7 @@ class StepOptions:
         telemetry: whether the step is observed.
         norm_process_groups: over whose ranks the squared norm is summed, one group after the other.
         grad_scale: what the loss was multiplied by.
-        overflow: whether the scaler found one on this rank, where others wait for its norm.
+        overflow: whether the scaler found one, after which the norm alone is measured.
     """
 
     max_grad_norm: float | Tensor | None = None

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import copy
+import pickle
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from drawn_training import assert_same_bits, make_params, set_grads
+from drawn_training import assert_same_bits, make_params, set_grads, state_tensors
 from torch import Tensor, distributed, multiprocessing
 
 from fused_adamw import FusedAdamW
@@ -160,3 +162,29 @@ def test_ranks_agree_where_the_norm_is_summed(
 ) -> None:
     group = SimpleNamespace(_device_types=list(map(torch.device, kinds)))
     assert _device_for(group, torch.device(device)) == torch.device(expected)
+
+
+@pytest.fixture
+def one_rank(tmp_path: Path) -> Iterator[Any]:
+    """The only process of a group."""
+    store = distributed.FileStore(str(tmp_path / "store"), 1)
+    distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    yield distributed.group.WORLD
+    distributed.destroy_process_group()
+
+
+def test_copies_share_the_groups_and_pickles_have_none(one_rank: Any) -> None:
+    params = make_params(SHAPES)
+    optimizer = FusedAdamW(params, **OPTIONS, norm_process_groups=[one_rank])
+    set_grads(params, 0)
+    optimizer.step()
+    copied_params, copied = copy.deepcopy((params, optimizer))
+    assert copied.norm_process_groups == [one_rank]
+    pickled_params, unpickled = pickle.loads(pickle.dumps((params, optimizer)))
+    assert unpickled.norm_process_groups == ()
+    for own, its in ((optimizer, params), (copied, copied_params), (unpickled, pickled_params)):
+        set_grads(its, 2)
+        own.step()
+        assert_same_bits(
+            [*its, *state_tensors(own, its)], [*params, *state_tensors(optimizer, params)]
+        )

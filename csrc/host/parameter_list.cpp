@@ -717,17 +717,16 @@ void ParameterList::check_gradient_memory(const Entry& entry, const void* grad, 
 
 // A gradient that is zeroed once it has been read must not be another's too.
 void ParameterList::check_gradients_disjoint() {
-  std::vector<const void*> found;
-  for (const auto& [i, route] : updated_) found.push_back(entries_[i].checked_grad);
-  if (found == disjoint_) return;
-  disjoint_.clear();
-  std::vector<Range> ranges;
+  std::vector<Range> found;
   for (const auto& [i, route] : updated_) {
     const Entry& entry = entries_[i];
     const auto* begin = static_cast<const char*>(entry.checked_grad);
     if (entry.numel == 0) continue;
-    ranges.push_back({begin, begin + entry.numel * element_size(entry.checked_grad_dtype), &entry});
+    found.push_back({begin, begin + entry.numel * element_size(entry.checked_grad_dtype), &entry});
   }
+  if (found == disjoint_) return;
+  disjoint_.clear();
+  std::vector<Range> ranges = found;
   std::sort(ranges.begin(), ranges.end(),
             [](const Range& x, const Range& y) { return x.before(y); });
   for (std::size_t k = 1; k < ranges.size(); ++k) {

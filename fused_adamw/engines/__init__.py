@@ -96,7 +96,7 @@ def device_of(bucket: _C.Bucket) -> torch.device:
 @functools.cache
 def _cuda_reason() -> str | None:
     if not _C.CUDA_BUILT:
-        return "the extension was built without nvcc"
+        return "the extension was built without CUDA"
     if torch.version.cuda is None:
         return "this torch is a CPU build, so there are no CUDA tensors"
     return _C.cuda_unavailable_reason() or None
