@@ -904,7 +904,9 @@ class FusedOptimizer(Optimizer):
                 param = group["params"][i]
                 active = param.requires_grad or param.grad is not None
                 names = self._state_names(group if inputs is None else inputs.plans[index].values)
-                layout = self._layout(group, i) if active else Layout("", "", param.dtype, False)
+                layout = Layout("", "", param.dtype, False)  # of what cannot be stepped
+                if active and param.dtype in PARAM_DTYPES:
+                    layout = self._layout(group, i)
                 stateless = not (names or self._counts or self._scalar)
                 besides = {EMA, layout.beside_key}
                 fresh = unaveraged = False
@@ -912,15 +914,15 @@ class FusedOptimizer(Optimizer):
                     keys = self._state.get(param, {}).keys()
                     fresh = not (stateless or keys - besides)
                     unaveraged = averages and EMA not in keys
-                    joins = layout.beside_key is not None and layout.beside_key not in keys
+                    beside = layout.beside_key
+                    joins = beside is not None and beside not in keys
                     if fresh or unaveraged or joins:
                         former[param] = frozenset(keys) if param in self._state else None
                     if fresh:
                         initial = self._initial_state(param, group, names, layout)
                         self._state[param].update(initial)
-                    if joins:
-                        _, beside = beside_of(_widened(param), layout, param)
-                        self._state[param].update({layout.beside_key: beside})
+                    if beside is not None and joins:
+                        _, self._state[param][beside] = beside_of(_widened(param), layout, param)
                     if unaveraged:
                         self._state[param][EMA] = full_value(param, layout, self._state[param])
                 state = self._state.get(param) or {}
