@@ -55,7 +55,7 @@ def join(param, beside, BESIDE: tl.constexpr):
 def split(x, random, DTYPE: tl.constexpr, BESIDE: tl.constexpr):
     """A value as a parameter of DTYPE and what is beside it.
 
-    `random` has the element's bits where BESIDE is "remainder8", and is not used elsewhere.
+    `random` has 8 bits for each element where BESIDE is "remainder8", and is not used elsewhere.
     """
     bits = x.to(tl.uint32, bitcast=True)
     is_nan = x != x
@@ -65,7 +65,7 @@ def split(x, random, DTYPE: tl.constexpr, BESIDE: tl.constexpr):
         return upper_half(bits, is_nan), tl.where(is_nan, 0, bits).to(tl.int16)
     elif BESIDE == "remainder8":
         # The lowest 8 bits are dropped, and change nothing in the upper half.
-        bits = add(bits, random & 0xFF)
+        bits = add(bits, random)
         return upper_half(bits, is_nan), tl.where(is_nan, 0, bits >> 8).to(tl.int8)
     else:
         param = narrow(x, DTYPE)

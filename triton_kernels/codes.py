@@ -1,14 +1,15 @@
 """States as codes of 8 bits in blocks with one scale each (Dettmers et al., arXiv 2110.02861).
 
 The largest magnitude of a block is its scale. A magnitude a becomes t = a / scale * top + bias,
-and a code is the leading bits of t as a float32: its exponent, counted from that of the bias, and 5
-bits of its mantissa. KIND says what is coded:
+and a code is the leading bits of t as a float32: its exponent, counted from that of the bias, and
+some bits of its mantissa. KIND says what is coded:
 
-    signed     bias 1/16, and a sign: first moments
-    square     bias 1/256, of the root: second moments; what is above zero never becomes zero
-    magnitude  bias 1/256, of a number that is not negative
+    signed     bias 2^-4,   4 binades of 32 steps, and a sign: first moments
+    square     bias 2^-16, 16 binades of 16 steps: second moments; what is above zero never becomes
+               zero
+    magnitude  bias 2^-8,   8 binades of 32 steps: what is not negative
 
-A block with an infinity or a NaN becomes NaN; one whose scale is denormal becomes zero.
+A block with a NaN, an infinity or 2^127 becomes NaN; one whose scale is denormal becomes zero.
 """
 
 # mypy: disable-error-code="no-untyped-def,untyped-decorator"
@@ -21,14 +22,12 @@ from .random import add
 DTYPES = {"signed": tl.int8, "square": tl.uint8, "magnitude": tl.uint8}
 
 BLOCK = tl.constexpr(64)  # neighbours in memory order
-SHIFT = tl.constexpr(18)  # of a float32's 23 bits of mantissa 5 stay
-HALF = tl.constexpr(1 << 17)
-SIGNED_BIAS = tl.constexpr(1 / 16)
-BIAS = tl.constexpr(1 / 256)
-LAST = tl.constexpr(63 / 64)  # what the last code stands for
-SIGNED_FIRST = tl.constexpr(0x3D800000 >> 18)  # the leading bits of the biases
-FIRST = tl.constexpr(0x3B800000 >> 18)
-INFINITY = tl.constexpr(0x7F800000)
+# Of each kind the bits of a float32's mantissa that a code lacks, the bias, its leading bits, and
+# what the last code stands for.
+SIGNED = tl.constexpr((18, 2.0**-4, 0x3D800000 >> 18, 63 / 64))
+SQUARE = tl.constexpr((19, 2.0**-16, 0x37800000 >> 19, 31 / 32))
+MAGNITUDE = tl.constexpr((18, 2.0**-8, 0x3B800000 >> 18, 63 / 64))
+TOO_LARGE = tl.constexpr(0x7F000000)  # 2^127
 SMALLEST_NORMAL = tl.constexpr(0x00800000)
 
 
@@ -41,20 +40,18 @@ def decode(codes, scales, KIND: tl.constexpr):
         scales: float32 [blocks].
         KIND: what they are.
     """
-    bias: tl.constexpr = SIGNED_BIAS if KIND == "signed" else BIAS
-    first: tl.constexpr = SIGNED_FIRST if KIND == "signed" else FIRST
-    unit = (scales * (1 / (LAST - bias)))[:, None]
+    CODE: tl.constexpr = SIGNED if KIND == "signed" else SQUARE if KIND == "square" else MAGNITUDE
+    shift: tl.constexpr = CODE[0]
+    bias: tl.constexpr = CODE[1]
+    first: tl.constexpr = CODE[2]
+    top: tl.constexpr = CODE[3] - CODE[1]
+    unit = (scales * (1 / top))[:, None]
 
     code = codes.to(tl.int32)
     magnitude = tl.abs(code) if KIND == "signed" else code
-    t = ((magnitude + first) << SHIFT).to(tl.float32, bitcast=True)
+    t = ((magnitude + first) << shift).to(tl.float32, bitcast=True)
     a = (t - bias) * unit
-    if KIND == "signed":
-        return tl.where(code < 0, -a, a)
-    elif KIND == "square":  # noqa: RET505 (Triton compiles what follows a return)
-        return a * a
-    else:
-        return a
+    return tl.where(code < 0, -a, a) if KIND == "signed" else a
 
 
 @triton.jit
@@ -69,21 +66,22 @@ def encode(x, inside, KIND: tl.constexpr):
     Returns:
         int8 or uint8 [blocks, BLOCK], float32 [blocks].
     """
-    bias: tl.constexpr = SIGNED_BIAS if KIND == "signed" else BIAS
-    first: tl.constexpr = SIGNED_FIRST if KIND == "signed" else FIRST
-    top: tl.constexpr = LAST - bias
+    CODE: tl.constexpr = SIGNED if KIND == "signed" else SQUARE if KIND == "square" else MAGNITUDE
+    shift: tl.constexpr = CODE[0]
+    bias: tl.constexpr = CODE[1]
+    first: tl.constexpr = CODE[2]
+    top: tl.constexpr = CODE[3] - CODE[1]
 
     # As bits magnitudes keep their order, with a NaN above all.
-    a = tl.sqrt_rn(x) if KIND == "square" else x
-    magnitude = a.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+    magnitude = x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
     largest = tl.max(tl.where(inside, magnitude, 0), 1)
-    is_coded = (largest >= SMALLEST_NORMAL) & (largest < INFINITY)
+    is_coded = (largest >= SMALLEST_NORMAL) & (largest < TOO_LARGE)
     scale_bits = tl.where(largest < SMALLEST_NORMAL, 0, 0x7FC00000)
     scales = tl.where(is_coded, largest, scale_bits).to(tl.float32, bitcast=True)
     factor = tl.div_rn(tl.full(scales.shape, top, tl.float32), scales)
 
     t = magnitude.to(tl.float32, bitcast=True) * factor[:, None] + bias
-    code = (add(t.to(tl.int32, bitcast=True), HALF) >> SHIFT) - first
+    code = (add(t.to(tl.int32, bitcast=True), 1 << (shift - 1)) >> shift) - first
     if KIND == "signed":
         code = tl.where(x < 0, -code, code)
     else:

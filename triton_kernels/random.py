@@ -41,13 +41,13 @@ def stream(seed, upper, key_upper):
 
 @triton.jit
 def draw(key, step, begin, position):
-    """uint32: the random bits of elements.
+    """uint32: random words.
 
     Args:
         key: int64, of the tensor; all of its bits count.
         step: uint32, steps taken before this one.
-        begin: int64, a global index.
-        position: int32, of the elements from there.
+        begin: int64, the global index of a word.
+        position: int32, of the words from there.
     """
     begin_lower = begin.to(tl.uint32)
     lower = add(begin_lower, position.to(tl.uint32))
@@ -68,16 +68,29 @@ def draw(key, step, begin, position):
 
 
 @triton.jit
-def bits_of_param(bits):
-    """16 of an element's bits for its parameter."""
-    return bits & 0xFFFF
+def draw_shared(key, step, begin, position, BITS: tl.constexpr):
+    """The word of each element, which 32 / BITS neighbours share, and the place of its bits there.
+
+    Args:
+        key: see `draw`.
+        step: see `draw`.
+        begin: int64, the global index of an element.
+        position: int32, of the elements from there.
+        BITS: 8 or 16, for each element.
+    """
+    SHARE: tl.constexpr = 32 // BITS
+    POWER: tl.constexpr = 1 if BITS == 16 else 2
+    place = (begin & (SHARE - 1)).to(tl.int32) + position
+    word = draw(key, step, begin >> POWER, place >> POWER)
+    return word, ((place & (SHARE - 1)) * BITS).to(tl.uint32)
 
 
 @triton.jit
-def bits_of_state(bits, K: tl.constexpr):
-    """16 of an element's bits for its state K."""
+def word_of_state(word, K: tl.constexpr):
+    """What rounds state K where `word` rounds the parameter."""
     odd: tl.constexpr = 0x9E3779B1 if K == 0 else (0x85EBCA77 if K == 1 else 0xC2B2AE3D)
-    return multiply(bits, odd) >> 16
+    product = multiply(word, odd)
+    return product ^ (product >> 16)  # whose lower half alone would follow from the word's
 
 
 @triton.jit

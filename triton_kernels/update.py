@@ -17,7 +17,7 @@ from .beside import join, split
 from .codes import BLOCK as CODE_BLOCK
 from .codes import decode, encode
 from .formats import Format, Layout, layout
-from .random import bits_of_param, bits_of_state, draw, narrow_randomly
+from .random import draw_shared, narrow_randomly, word_of_state
 from .storage import narrow, widen
 from .tables import TensorList, chunk_table, load_scalars, resident, table_memory
 
@@ -131,11 +131,13 @@ def update_range(
 
     random = None
     if LAYOUT.DRAWS:
+        BITS: tl.constexpr = 16 if LAYOUT.STOCHASTIC else 8
         step = coefficients[RULE_END + 2].to(tl.uint32, bitcast=True)
-        random = draw(source[0], step, source[1] + begin, position)
+        word, place = draw_shared(source[0], step, source[1] + begin, position, BITS)
+        random = word >> place & ((1 << BITS) - 1)
 
     if LAYOUT.STOCHASTIC:
-        stored_param = narrow_randomly(param, bits_of_param(random))
+        stored_param = narrow_randomly(param, random)
     elif LAYOUT.BESIDE == "":
         stored_param = narrow(param, LAYOUT.DTYPES[PARAM])
     else:
@@ -147,7 +149,8 @@ def update_range(
             state, scale = encode(states[k], inside, LAYOUT.KINDS[k])
             tl.store(scales[k], scale, is_block)
         elif LAYOUT.STOCHASTIC and LAYOUT.DTYPES[FIRST_STATE + k] == tl.bfloat16:
-            state = narrow_randomly(states[k], bits_of_state(random, k))
+            random = word_of_state(word, k) >> place & 0xFFFF
+            state = narrow_randomly(states[k], random)
         else:
             state = narrow(states[k], LAYOUT.DTYPES[FIRST_STATE + k])
         tl.store(pointers[FIRST_STATE + k], state, inside)
