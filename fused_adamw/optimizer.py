@@ -185,6 +185,7 @@ class FusedOptimizer(Optimizer):
     _captured: list[Any]
     # Whether a step was taken, for torch's schedulers, which warn where none was.
     _opt_called: bool
+    _warned_of_float16 = False
     # What steps parameters in the backward pass, if anything does.
     _in_backward: StepInBackward | None = None
 
@@ -825,6 +826,7 @@ class FusedOptimizer(Optimizer):
                 "parameters that are not registered: at their first step, or since "
                 "optimizer.state or state_dict() was read",
             )
+        self._warn_of_unscaled_float16()
         begins = self._averages_begin()
         registered, outcome = self._step_anew(self._places(), current, options, begins, inputs)
         self._give_up_registered()
@@ -832,6 +834,21 @@ class FusedOptimizer(Optimizer):
             registered.native.remember(self._param_lists(), self._state)
             self._registered = registered
         return outcome
+
+    def _warn_of_unscaled_float16(self) -> None:
+        """Once: a scaler sets found_inf around every step."""
+        if self._warned_of_float16 or "found_inf" in self.__dict__:
+            return
+        for index, i, number in self._places():
+            grad = self.param_groups[index]["params"][i].grad
+            if grad is not None and grad.dtype == torch.float16:
+                warnings.warn(
+                    f"{_label(number, self.param_groups[index], i)} has a float16 gradient and no "
+                    "torch.amp.GradScaler drives the optimizer: below 6e-8 float16 is zero",
+                    stacklevel=5,  # whoever called step()
+                )
+                self._warned_of_float16 = True
+                return
 
     def _averages_begin(self) -> bool:
         """Whether averages that the next step creates begin with its result, not before it."""
