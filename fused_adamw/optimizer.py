@@ -1226,11 +1226,12 @@ class FusedOptimizer(Optimizer):
         """
         found = self.state_dict()
         names = [name for name in STATE_KINDS if name in self._known_states]
-        for state in found["state"].values():
+        left_out = {*map(scale_key, names), *BESIDE_KEYS}
+        for key, state in found["state"].items():  # the optimizer's own dicts
             present = [name for name in names if name in state]
-            state.update(decoded_states(state, present, [STATE_KINDS[name] for name in present]))
-            for key in (*map(scale_key, names), *BESIDE_KEYS):
-                state.pop(key, None)
+            kept = {name: value for name, value in state.items() if name not in left_out}
+            decoded = decoded_states(state, present, [STATE_KINDS[name] for name in present])
+            found["state"][key] = {**kept, **decoded}
         return found
 
     def memory_report(self) -> MemoryReport:
