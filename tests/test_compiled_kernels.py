@@ -19,6 +19,8 @@ from bench.kernels.sass import WIDE
 from fused_adamw import _C, engines
 from fused_adamw.triton_kernels import RULES
 
+pytestmark = pytest.mark.xdist_group("compiled kernels")
+
 BYTES_IN_FLIGHT = 48 * 1024  # what an SM of an H200 needs on its way to keep the memory busy
 
 
