@@ -6,12 +6,14 @@ Parameters are stored in the format, and the model computes with them widened to
 gradients are rounded to their dtype. So storage is all that differs, not arithmetic.
 
     python examples/precision.py --tasks gpt --text book.txt --seeds 5 --output results
+    python examples/precision.py --peers    # 8-bit states of other libraries beside ours
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import importlib
 import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -26,6 +28,8 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
 from train_gpt import param_groups
 
 from fused_adamw import FusedAdamW
@@ -42,6 +46,17 @@ FORMATS: dict[str, dict[str, Any]] = {
     "8bit, 16-bit remainder": {"precision": "8bit", "remainder_bits": 16},
 }
 """Options of the optimizer; the first is what the others are compared with."""
+OF_FLOAT32: dict[str, dict[str, Any]] = {
+    "fp32": FORMATS["fp32"],
+    "8bit of float32": {"precision": "8bit"},
+}
+"""The same of formats whose parameters are float32, which is what peers have in 8 bits on a CPU."""
+PEERS = {
+    "bitsandbytes AdamW8bit": ("bitsandbytes.optim", "AdamW8bit"),
+    "torchao AdamW8bit": ("torchao.optim", "AdamW8bit"),
+}
+"""Modules and classes; only with ``--peers``, where they are installed."""
+NEARLY_THE_FORMER = ("split", "8bit, 16-bit remainder", "8bit of float32")  # drawn with gaps
 EVALUATIONS = 20
 
 
@@ -115,16 +130,16 @@ class Run:
         validation_loss: at even distances, after the last step last.
         training_loss: mean over the batches of the last tenth of the steps.
         lost: mean over measured steps of the fraction of weights that did not change though their
-            gradient was not zero.
-        kept: bytes a parameter of parameters and states.
-        moved: bytes a parameter that a step reads and writes.
+            gradient was not zero; None of a peer.
+        kept: bytes a parameter of parameters and states; None of a peer.
+        moved: bytes a parameter that a step reads and writes; None of a peer.
     """
 
     validation_loss: list[float]
     training_loss: float
-    lost: float
-    kept: float
-    moved: float
+    lost: float | None
+    kept: float | None
+    moved: float | None
 
 
 def warmup_then_cosine(steps: int) -> Schedule:
@@ -155,19 +170,26 @@ def lost_fraction(optimizer: FusedAdamW) -> float:
     return sum(lost) / sum(sizes)
 
 
+def make_optimizer(
+    name: str, model: nn.Module, task: Task, seed: int
+) -> tuple[Optimizer, Callable[[], None]]:
+    """The optimizer of a format or a peer, and what follows each of its steps."""
+    groups, schedule = param_groups(model, task.weight_decay), warmup_then_cosine(task.steps)
+    if name in PEERS:
+        module, cls = PEERS[name]
+        peer: Optimizer = getattr(importlib.import_module(module), cls)(groups, **task.options)
+        return peer, LambdaLR(peer, schedule).step
+    options = {**OF_FLOAT32, **FORMATS}[name]
+    return FusedAdamW(groups, schedule=schedule, seed=seed, **task.options, **options), lambda: None
+
+
 def train(task: Task, name: str, seed: int, advance: Callable[[], None]) -> Run:
     """Trains one model in one format."""
     torch.manual_seed(seed)
-    model = task.make_model().bfloat16()  # fp32 too starts from weights that bfloat16 has
-    if name == "fp32":
+    model = task.make_model().bfloat16()  # float32 too starts from weights that bfloat16 has
+    if name in OF_FLOAT32 or name in PEERS:
         model.float()
-    optimizer = FusedAdamW(
-        param_groups(model, task.weight_decay),
-        schedule=warmup_then_cosine(task.steps),
-        seed=seed,
-        **task.options,
-        **FORMATS[name],
-    )
+    optimizer, follow = make_optimizer(name, model, task, seed)
     generator = torch.Generator().manual_seed(seed)
     evaluated = evaluation_steps(task.steps)
     training: list[float] = []
@@ -176,30 +198,36 @@ def train(task: Task, name: str, seed: int, advance: Callable[[], None]) -> Run:
     for step in range(1, task.steps + 1):
         loss = loss_of(model, *task.batch(generator))
         loss.backward()  # type: ignore[no-untyped-call]
-        optimizer.collect_telemetry = step in evaluated
+        if isinstance(optimizer, FusedAdamW):
+            optimizer.collect_telemetry = step in evaluated
         optimizer.step()
+        follow()
         optimizer.zero_grad()
         training.append(loss.item())
         if step in evaluated:
-            lost.append(lost_fraction(optimizer))
+            if isinstance(optimizer, FusedAdamW):
+                lost.append(lost_fraction(optimizer))
             with torch.no_grad():
                 validation.append(loss_of(model, *task.held_out).item())
         advance()
+    training_loss = statistics.fmean(training[-max(1, task.steps // 10) :])
+    if not isinstance(optimizer, FusedAdamW):
+        return Run(validation, training_loss, None, None, None)
     report = optimizer.memory_report()
     return Run(
         validation,
-        statistics.fmean(training[-max(1, task.steps // 10) :]),
+        training_loss,
         statistics.fmean(lost),
         report.per_parameter(report.total - report.held["gradients"]),
         report.per_parameter(report.moved),
     )
 
 
-def train_all(task: Task, seeds: int, title: str) -> dict[str, list[Run]]:
+def train_all(task: Task, names: Sequence[str], seeds: int, title: str) -> dict[str, list[Run]]:
     """The runs of every format, one a seed."""
-    runs: dict[str, list[Run]] = {name: [] for name in FORMATS}
+    runs: dict[str, list[Run]] = {name: [] for name in names}
     with progress() as bars:
-        bar = bars.add_task(f"{title:40}", total=seeds * len(FORMATS) * task.steps)
+        bar = bars.add_task(f"{title:40}", total=seeds * len(names) * task.steps)
         for seed in range(seeds):
             for name, done in runs.items():
                 bars.update(bar, description=f"{f'{title}, seed {seed}, {name}':40}")
@@ -212,10 +240,16 @@ def mean_and_deviation(values: Sequence[float]) -> tuple[float, float]:
     return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0
 
 
+def mean_or_none(values: Sequence[float | None]) -> float | None:
+    """The mean, if all is known."""
+    known = [value for value in values if value is not None]
+    return statistics.fmean(known) if len(known) == len(values) else None
+
+
 def numbers_of(runs: dict[str, list[Run]]) -> dict[str, Any]:
     """All that was measured of a task, by format."""
     finals = {name: [run.validation_loss[-1] for run in done] for name, done in runs.items()}
-    first = finals[next(iter(FORMATS))]
+    first = finals[next(iter(runs))]
     found: dict[str, Any] = {}
     for name, done in runs.items():
         differences = [x - y for x, y in zip(finals[name], first, strict=True)]
@@ -226,7 +260,7 @@ def numbers_of(runs: dict[str, list[Run]]) -> dict[str, Any]:
             "difference from fp32 at the same seed": differences,
             "mean, standard deviation of the difference": mean_and_deviation(differences),
             "training loss": statistics.fmean(run.training_loss for run in done),
-            "fraction of updates lost": statistics.fmean(run.lost for run in done),
+            "fraction of updates lost": mean_or_none([run.lost for run in done]),
             "bytes a parameter, kept": done[0].kept,
             "bytes a parameter, moved": done[0].moved,
             "curve": [statistics.fmean(losses) for losses in curves],
@@ -243,12 +277,13 @@ def table_of(title: str, numbers: dict[str, Any]) -> Table:
     for name, found in numbers.items():
         mean, deviation = found["mean, standard deviation"]
         difference, spread = found["mean, standard deviation of the difference"]
+        lost, moved = found["fraction of updates lost"], found["bytes a parameter, moved"]
         table.add_row(
             name,
             f"{mean:.4f} ± {deviation:.4f}",
             f"{1e3 * difference:+.1f} ± {1e3 * spread:.1f}",
-            f"{found['fraction of updates lost']:.1%}",
-            f"{found['bytes a parameter, moved']:.2f}",
+            f"{lost:.1%}" if lost is not None else "",
+            f"{moved:.2f}" if moved is not None else "",
         )
     return table
 
@@ -256,12 +291,12 @@ def table_of(title: str, numbers: dict[str, Any]) -> Table:
 def draw(tasks: dict[str, Task], numbers: dict[str, dict[str, Any]]) -> Figure:
     """Mean curves of each task, and how far they are from that of fp32."""
     figure = Figure(figsize=(12, 4.4 * len(tasks)), layout="constrained")
-    styles = ["-", "-", "-", "-", "--", "-", "-", "--"]  # dashed: over what is nearly the same
     rows = figure.subplots(len(tasks), 2, squeeze=False)
     for (losses, differences), (key, task) in zip(rows, tasks.items(), strict=True):
         steps = evaluation_steps(task.steps)
         base = next(iter(numbers[key].values()))["curve"]
-        for (name, found), style in zip(numbers[key].items(), styles, strict=True):
+        for name, found in numbers[key].items():
+            style = "--" if name in NEARLY_THE_FORMER else "-"
             options = {"label": name, "linestyle": style, "linewidth": 1.4}
             losses.plot(steps, found["curve"], **options)
             distance = [x - y for x, y in zip(found["curve"], base, strict=True)]
@@ -286,8 +321,18 @@ def argument_parser() -> argparse.ArgumentParser:
     option("--seeds", type=int, default=3, help="trainings of each format")
     option("--steps", type=int, help="of each training; by default each task's own")
     option("--text", type=Path, metavar="FILE", help="for the GPT, if not Python's topics")
+    option("--peers", action="store_true", help="8-bit states of float32 parameters, and peers'")
     option("--output", type=Path, default=FIGURES, help="folder of numbers and picture")
     return parser
+
+
+def is_installed(module: str) -> bool:
+    """Whether a peer can be imported."""
+    try:
+        importlib.import_module(module)
+    except ImportError:
+        return False
+    return True
 
 
 def check(args: argparse.Namespace) -> None:
@@ -300,7 +345,7 @@ def check(args: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    """Train, print the tables, write precision.json and precision.png."""
+    """Train, print the tables, write precision.json and precision.png (with peers: own files)."""
     parser = argument_parser()
     args = parser.parse_args()
     torch.set_num_threads(1)  # on which the order of the sums in a product depends
@@ -310,18 +355,22 @@ def main() -> None:
     except (OSError, ValueError) as error:
         parser.error(str(error))
 
+    names, file = list(FORMATS), "precision"
+    if args.peers:
+        installed = [name for name, (module, _) in PEERS.items() if is_installed(module)]
+        names, file = [*OF_FLOAT32, *installed], "precision_peers"
     console = Console()
     results: dict[str, dict[str, Any]] = {}
     settings: dict[str, Any] = {}
     for name, task in tasks.items():
-        results[name] = numbers_of(train_all(task, args.seeds, name))
+        results[name] = numbers_of(train_all(task, names, args.seeds, name))
         console.print(table_of(task.title, results[name]))
         settings[name] = {
             **{"steps": task.steps, "weight decay of matrices": task.weight_decay},
             **{"options": task.options, "evaluated after": evaluation_steps(task.steps)},
         }
     numbers = {"seeds": args.seeds, "settings": settings, "results": results}
-    save("precision", numbers, draw(tasks, results), args.output)
+    save(file, numbers, draw(tasks, results), args.output)
     console.out(f"Numbers and picture: {args.output}")
 
 

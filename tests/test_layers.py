@@ -42,8 +42,8 @@ IMPORTS = {
     "examples/**/*.py": r"(?!fused_adamw\b|tests\b|bench\b).*",
     "bench/**/*.py": r"(?!fused_adamw\b|tests\b|examples\b).*",
 }
-# The kernels that are described, the launches that are counted, the least tensor that is coded and the
-# shapes of known models are no part of what users call.
+# The kernels that are described, the launches that are counted, the least tensor that is coded and
+# the shapes of known models are no part of what users call.
 PRIVATE = {
     "bench/kernels/triton_compiler.py": r"fused_adamw\.triton_kernels(\..*)?",
     "bench/launches.py": r"fused_adamw\._C",
