@@ -8,8 +8,9 @@ Beside the sums go two counts: of ranks that found an overflow, and of ranks tha
 step. The latter come to the meeting with that instead of raising at once, so that nobody waits for
 them, and all raise the same. At the first step they also compare what their param groups are.
 
-Process groups are taken in an order that is the same for any two ranks that have two in common, so
-that none waits for another in a circle.
+Sums go over one dimension of a mesh after the other, in the order of the parameters, which is the
+same on all ranks once their param groups have been compared. Until then process groups are taken in
+the order of the ranks in them, so that none waits for another in a circle.
 """
 
 from __future__ import annotations
@@ -58,7 +59,6 @@ class Ranks:
             groups.update((id(group), group) for group in every)
             self.classes.append(known.setdefault(frozenset(map(id, shards)), len(known)))
         self.class_count = max(len(known), 1)
-        own = sorted(groups.values(), key=_order)
         extra = [group for group in norm_process_groups if id(group) not in groups]
         for_all = {id(group) for group in norm_process_groups}
         # Of each process group the classes whose squares are summed over it.
@@ -67,10 +67,10 @@ class Ranks:
                 group,
                 [n for ids, n in known.items() if id(group) in ids or id(group) in for_all],
             )
-            for group in (*own, *extra)
+            for group in (*groups.values(), *extra)
         ]
-        self._own = own
-        self._agreed = not own
+        self._own = sorted(groups.values(), key=_order)
+        self._agreed = not groups
         self._due = False
         self._on_device = False
         self._param_groups = 0
@@ -210,7 +210,9 @@ class Ranks:
     ) -> tuple[str, str] | None:
         """Tells all ranks what each says: the error that all of them raise."""
         known = {torch.distributed.get_rank(): said}
-        for group in _often([group for group, _ in self._classes_of] if groups is None else groups):
+        if groups is None:
+            groups = [group for group, _ in self._classes_of]
+        for group in _often(groups):
             lists: list[Any] = [None] * torch.distributed.get_world_size(group)
             torch.distributed.all_gather_object(lists, known, group=group)
             for other in lists:
@@ -236,7 +238,7 @@ def _raise(error: tuple[str, str] | None) -> None:
 
 def _often(groups: Sequence[ProcessGroup]) -> list[ProcessGroup]:
     """The process groups so often that what one rank has comes to all."""
-    return [*groups] * min(2, len(groups))
+    return [*groups] * len(groups)
 
 
 def sum_of_classes(squares: Any) -> Any:

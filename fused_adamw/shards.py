@@ -190,6 +190,8 @@ def shard_groups(param: Any) -> tuple[list[ProcessGroup], list[ProcessGroup]]:
     if not is_sharded(param):
         return [], []
     mesh = param.device_mesh
+    if mesh.get_coordinate() is None:  # the parameter is on other ranks
+        return [], []
     groups = [(mesh.get_group(axis), axis) for axis in range(mesh.ndim) if mesh.size(axis) > 1]
     shards = [group for group, axis in groups if not param.placements[axis].is_replicate()]
     return [group for group, _ in groups], shards
