@@ -188,7 +188,7 @@ class Ranks:
             if everything:
                 vector.copy_(total)
             else:
-                rows[classes] = total[:-_FLAGS].view(len(classes), -1).to(vector.device)
+                rows[classes] = total[:-_FLAGS].view(len(classes), rows.shape[1]).to(vector.device)
                 vector[-_FLAGS:] = total[-_FLAGS:].to(vector.device)
 
     def _compare(self, said: Said) -> tuple[str, str] | None:
