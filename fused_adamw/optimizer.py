@@ -51,6 +51,7 @@ from fused_adamw.precision import (
     full_value,
     layout_of,
     local_state,
+    localized_state,
     scale_key,
     stored_state,
     wrapped_state,
@@ -83,6 +84,7 @@ _PLAIN = frozenset({float, int, bool, str, type(None)})
 _PLAIN_OR_TUPLE = _PLAIN | {tuple}
 _OWN_REFERENCES = 2  # the attribute's and the call's
 _HOST = torch.device("cpu")
+_FRAMES_OF_STEP = 6  # at most between its caller and itself: hooks and wrappers
 _FLAG = "decoupled_weight_decay"  # torch's name for the convention of decay, kept in checkpoints
 # Every value of a group that only some rules have, and that tells them apart.
 _RULES_KEYS = {_FLAG}.union(*map(group_keys, _C.RULES))
@@ -200,6 +202,8 @@ class FusedOptimizer(Optimizer):
     _ranks: Ranks | None
     _ranks_known: bool
     _norm_groups_known: Sequence[Any]
+    # Those whose states were created for a checkpoint to have, before a first step.
+    _unbegun: set[Tensor]
     # What captured graphs use, which may be replayed as long as the optimizer lives.
     _captured: list[Any]
     # Whether a step was taken, for torch's schedulers, which warn where none was.
@@ -265,6 +269,7 @@ class FusedOptimizer(Optimizer):
         self._plans = {}
         self._positions = {}
         self._captured = []
+        self._unbegun = set()
         self._ranks, self._ranks_known = None, False
         self._number = compiled.number_of(self)
         self._measurements = Measurements()
@@ -476,6 +481,9 @@ class FusedOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        if self._registered is None and _asks_for_states():
+            self._create_states()
+            return loss
         device = self._device_of_decisions()
         ranks = self._met_ranks(device)
         try:
@@ -927,7 +935,10 @@ class FusedOptimizer(Optimizer):
 
     def _averages_begin(self) -> bool:
         """Whether averages that the next step creates begin with its result, not before it."""
-        return not any(EMA in state and EMA in self._begun(p) for p, state in self._state.items())
+        return not any(
+            EMA in state and EMA in self._begun(param) and param not in self._unbegun
+            for param, state in self._state.items()
+        )
 
     def _step_alone(self, place: Place, hyperparameters: _C.Hyperparameters, begins: bool) -> None:
         """Steps one parameter, which has a gradient, over a list of its own; likewise kept.
@@ -1004,20 +1015,20 @@ class FusedOptimizer(Optimizer):
                 besides = {EMA, layout.beside_key}
                 fresh = unaveraged = False
                 if param.grad is not None:
-                    keys = self._state.get(param, {}).keys()
+                    keys = frozenset(self._state.get(param, ()))
+                    if param in self._unbegun:
+                        keys = frozenset()
                     fresh = not (stateless or keys - besides)
                     unaveraged = averages and EMA not in keys
                     beside = layout.beside_key
                     joins = beside is not None and beside not in keys
                     if fresh or unaveraged or joins:
-                        former[param] = frozenset(keys) if param in self._state else None
+                        former[param] = keys if keys or param in self._state else None
                     if fresh:
                         initial = self._initial_state(param, group, names, layout)
                         self._state[param].update(initial)
-                    if beside is not None and joins:
-                        _, lower = beside_of(_widened(param), layout, local_of(param))
-                        assert lower is not None
-                        self._state[param][beside] = wrapped(lower, param)
+                    if joins:
+                        self._state[param].update(self._initial_beside(param, layout))
                     if unaveraged:
                         self._state[param][EMA] = self._full_value(param, layout)
                 state = self._state.get(param) or {}
@@ -1066,7 +1077,34 @@ class FusedOptimizer(Optimizer):
         if outcome is Outcome.SKIPPED and former:
             undo()  # its first step is still to come
             return None, outcome
+        self._unbegun.difference_update(former)
         return registered, outcome
+
+    def _create_states(self) -> None:
+        """Creates the states of a first step, which is still to come.
+
+        For `torch.distributed.checkpoint.state_dict`, which would have them by a step with
+        gradients of zero and a learning rate of zero: that would count, and decay.
+        """
+        for group, param, layout in self._layouts():
+            if not param.requires_grad or param.grad is None or self._state.get(param):
+                continue
+            state = self._initial_state(param, group, self._state_names(group), layout)
+            state.update(self._initial_beside(param, layout))
+            if not state and self.ema_decay is None:
+                continue
+            self._state[param].update(state)
+            if self.ema_decay is not None:
+                self._state[param][EMA] = self._full_value(param, layout)
+            self._unbegun.add(param)
+
+    def _initial_beside(self, param: Tensor, layout: Layout) -> dict[str, Tensor]:
+        """What completes a parameter that has had nothing beside it; empty where nothing does."""
+        if layout.beside_key is None:
+            return {}
+        _, lower = beside_of(_widened(param), layout, local_of(param))
+        assert lower is not None
+        return {layout.beside_key: wrapped(lower, param)}
 
     def _full_value(self, param: Tensor, layout: Layout) -> Tensor:
         """The float32 value of a parameter, with the parameter's placements."""
@@ -1326,7 +1364,7 @@ class FusedOptimizer(Optimizer):
         return {**state, **wrapped_state(converted, param)}
 
     def _localized(self, where: str, saved: dict[str, Any], param: Tensor) -> dict[str, Any]:
-        """A saved state with this rank's part of every array.
+        """A saved state with this rank's part of every array, of DTensors or of whole tensors.
 
         Raises:
             ValueError: a DTensor with other placements than the parameter's.
@@ -1337,19 +1375,7 @@ class FusedOptimizer(Optimizer):
                     f"{where}: '{name}' has placements {placements_name(value)}, accepted: the "
                     f"parameter's, {placements_name(param)}"
                 )
-        if not is_sharded(param):
-            return saved
-        whole = [
-            name
-            for name, value in saved.items()
-            if isinstance(value, Tensor) and value.dim() and not is_sharded(value)
-        ]
-        if whole:
-            raise ValueError(
-                f"{where}: '{whole[0]}' is a plain tensor, accepted: a DTensor with placements "
-                f"{placements_name(param)}, as torch.distributed.checkpoint.state_dict makes it"
-            )
-        return local_state(saved)
+        return localized_state(saved, param)
 
     def export_fp32_state(self) -> dict[str, Any]:
         """A `state_dict` as torch's optimizer of the rule has it: float32 states, no codes.
@@ -1399,8 +1425,10 @@ class FusedOptimizer(Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         self._refuse_swapped("copying or pickling an optimizer")
         kept = {**super().__getstate__(), **{name: getattr(self, name) for name in _KEPT}}
-        if self._positions:
-            begun = {param: self._begun(param) for param in self._state}
+        if self._positions or self._unbegun:
+            begun = {
+                param: self._begun(param) for param in self._state if param not in self._unbegun
+            }
             states = {param: state for param, state in begun.items() if state}
             kept["state"] = defaultdict(dict, states)
         return kept
@@ -1416,6 +1444,7 @@ class FusedOptimizer(Optimizer):
             self._swapped = False
             self._captured = []
             self.norm_process_groups = ()
+        self._unbegun = set()
         self._ranks, self._ranks_known = None, False
         self._plans = {}
         self._positions = {}
@@ -1437,6 +1466,20 @@ def master_parameters(optimizer: FusedOptimizer) -> Iterator[Tensor]:
     """
     for _, param, layout in optimizer._layouts():
         yield optimizer._full_value(param, layout)
+
+
+def _asks_for_states() -> bool:
+    """Whether a step is called only for the states that it would create."""
+    module = sys.modules.get("torch.distributed.checkpoint.state_dict")
+    code = getattr(getattr(module, "_init_optim_state", None), "__code__", None)
+    frame = sys._getframe()
+    for _ in range(_FRAMES_OF_STEP):
+        if code is None or frame.f_back is None:
+            return False
+        frame = frame.f_back
+        if frame.f_code is code:
+            return True
+    return False
 
 
 def _restore(former: list[tuple[dict[str, Any], Any]]) -> None:

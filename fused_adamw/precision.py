@@ -36,7 +36,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fused_adamw.shards import block_shape, is_sharded, local_of, split_for_blocks, wrapped
+from fused_adamw.shards import (
+    block_shape,
+    is_sharded,
+    local_of,
+    sliced,
+    split_for_blocks,
+    wrapped,
+)
 
 BLOCK = 64
 """Elements that share a scale."""
@@ -77,6 +84,40 @@ def local_state(state: dict[str, Any]) -> dict[str, Any]:
         else value
         for key, value in state.items()
     }
+
+
+@torch.no_grad()
+def localized_state(saved: dict[str, Any], param: Tensor) -> dict[str, Any]:
+    """A saved state with this rank's part of every array, in the order of the local parameter.
+
+    Codes that were not saved as DTensors are decoded where their blocks are not the shard's.
+
+    Args:
+        saved: DTensors with the parameter's placements, or whole tensors of its shape; scales of
+            codes in any shape.
+        param: the parameter.
+    """
+    found = dict(saved)
+    fit = blocks_fit(param)
+    for name, kind in STATE_KINDS.items():
+        value, scale = saved.get(name), saved.get(scale_key(name))
+        if not isinstance(value, Tensor) or not isinstance(scale, Tensor):
+            continue
+        split = split_for_blocks(param, BLOCK) if is_sharded(param) else None
+        if split is not None and not is_sharded(scale) and fit:
+            shape = block_shape(param.shape, split, BLOCK)
+            if scale.numel() == shape.numel():
+                found[scale_key(name)] = sliced(scale.reshape(shape), param)
+        elif is_sharded(param) and not is_sharded(value):
+            found[name] = decode_state(value, scale.reshape(-1), kind)
+            del found[scale_key(name)]
+        elif not is_sharded(scale):
+            found[scale_key(name)] = scale.reshape(-1)
+    if is_sharded(param):
+        for name, value in found.items():
+            if isinstance(value, Tensor) and value.shape == param.shape and value.dim():
+                found[name] = value if is_sharded(value) else sliced(value, param)
+    return local_state(found)
 
 
 def wrapped_state(arrays: dict[str, Tensor], param: Tensor) -> dict[str, Tensor]:

@@ -56,6 +56,20 @@ def wrapped(local: Tensor, like: Any, shape: torch.Size | None = None) -> Tensor
     )
 
 
+def sliced(whole: Tensor, like: Any) -> Tensor:
+    """A DTensor of values that this rank has all of, without communication.
+
+    Args:
+        whole: row-major.
+        like: gives mesh and placements.
+    """
+    from torch.distributed.tensor import distribute_tensor
+
+    mesh, placements = like.device_mesh, like.placements
+    found: Tensor = distribute_tensor(whole.detach(), mesh, placements, src_data_rank=None)
+    return found
+
+
 def row_major(shape: torch.Size) -> tuple[int, ...]:
     """Strides of dense memory whose last dimension is innermost."""
     strides = [1]
