@@ -398,11 +398,11 @@ PYBIND11_MODULE(_C, m) {
                  throw py::value_error("lists of one registration differ in length");
                }
              }
-             return std::make_unique<host::ParameterList>(
-                 host::Registration{params, states, names, counts, scalars, fresh, besides, scales,
-                                    stochastic, keys, averages, unaveraged, active, groups, labels,
-                                    sharded, origins, classes, on_device, restride, to_local,
-                                    mismatch, tensor_type, increment_version});
+             return std::make_unique<host::ParameterList>(host::Registration{
+                 params,    states,   names,      counts,   scalars,     fresh,
+                 besides,   scales,   stochastic, keys,     averages,    unaveraged,
+                 active,    groups,   labels,     sharded,  origins,     classes,
+                 on_device, restride, to_local,   mismatch, tensor_type, increment_version});
            }),
            py::kw_only(), py::arg("params"), py::arg("states"), py::arg("names"), py::arg("counts"),
            py::arg("scalars"), py::arg("fresh"), py::arg("besides"), py::arg("scales"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -72,7 +72,7 @@ class Measurements:
         buckets: Sequence[_C.Bucket],
         shape: tuple[int, int],
     ) -> NDArray[np.float64]:
-        """This rank's sums of the gradients' squares: [classes, groups]. See [note: square sums]."""
+        """This rank's sums of gradients' squares: [classes, groups]. See [note: square sums]."""
         partials = _columns(native, buckets, 1)
         for engine, bucket in zip(engines, buckets, strict=True):
             engine.square_sums(bucket, partials[device_of(bucket)])
@@ -174,4 +174,3 @@ def _folded(sums: Tensor, runs: _C.ChunkRuns, rows: int) -> NDArray[np.float64]:
     """The sums over the chunks of each row, [rows, columns]; the host waits."""
     on_host = sums.cpu()
     return _C.fold(on_host.data_ptr(), on_host.shape[1], runs, rows)
-

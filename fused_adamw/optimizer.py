@@ -1385,6 +1385,7 @@ class FusedOptimizer(Optimizer):
         """
         found = self.state_dict()
         names = [name for name in STATE_KINDS if name in self._known_states]
+        found["state"] = {key: dict(state) for key, state in found["state"].items()}
         for state in found["state"].values():
             present = [name for name in names if name in state]
             kinds = [STATE_KINDS[name] for name in present]
@@ -1504,7 +1505,9 @@ def _said(value: Any) -> str:
 
 
 def _widened(param: Tensor) -> Tensor:
-    return local_of(param).detach().to(torch.float32, copy=True, memory_format=torch.preserve_format)
+    return (
+        local_of(param).detach().to(torch.float32, copy=True, memory_format=torch.preserve_format)
+    )
 
 
 @torch.no_grad()

@@ -50,7 +50,9 @@ class Ranks:
         classes: of each parameter the number of its class.
     """
 
-    def __init__(self, params: Sequence[Tensor], norm_process_groups: Sequence[ProcessGroup]):
+    def __init__(
+        self, params: Sequence[Tensor], norm_process_groups: Sequence[ProcessGroup]
+    ) -> None:
         known: dict[frozenset[int], int] = {}
         groups: dict[int, ProcessGroup] = {}
         self.classes: list[int] = []

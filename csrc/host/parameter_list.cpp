@@ -26,10 +26,10 @@
 // that is part of a cycle (by a hook, say) would never be freed: all are let go of when a full
 // collection starts, and the next gather() takes them again.
 //
-// [note: shards] Of a DTensor the local tensor is stepped, and those of its gradient and its states,
-// without a call into its Python: two attributes are read of a gradient. Its specification (mesh,
-// placements) must be the parameter's; one that was found to be is remembered by its object, which
-// gradients share from step to step (FSDP2) or have anew, for which Python is asked.
+// [note: shards] Of a DTensor the local tensor is stepped, and those of its gradient and its
+// states, without a call into its Python: two attributes are read of a gradient. Its specification
+// (mesh, placements) must be the parameter's; one that was found to be is remembered by its object,
+// which gradients share from step to step (FSDP2) or have anew, for which Python is asked.
 
 namespace fused_adamw::host {
 namespace {
@@ -384,7 +384,7 @@ bool ParameterList::gather(const std::vector<const Hyperparameters*>& groups,
     Entry& entry = entries_[i];
     if (i + kPrefetch < entries_.size()) prefetch(entries_[i + kPrefetch]);
     auto grad = grads ? py::reinterpret_borrow<py::object>(item(*grads, i))
-                            : py::reinterpret_steal<py::object>(read(entry.gradient, entry.param));
+                      : py::reinterpret_steal<py::object>(read(entry.gradient, entry.param));
     if (!grad) throw py::error_already_set();
     if (grad.is_none()) continue;
     if (!entry.active || !unchanged(entry)) return false;

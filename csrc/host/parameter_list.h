@@ -62,8 +62,8 @@ struct StepOptions {
   std::vector<std::int64_t> steps;  // taken by each param group, where anything is drawn
 };
 
-// Chunks [begin, begin + count) of the list, of one row: of one class and param group. A class has a
-// row for each param group, and the chunks of a class follow one another.
+// Chunks [begin, begin + count) of the list, of one row: of one class and param group. A class has
+// a row for each param group, and the chunks of a class follow one another.
 struct ChunkRun {
   std::int64_t row, begin, count;
 };

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import fused_adamw
 import torch
 from family import DROP_INS
-from fused_adamw.optimizer import FusedOptimizer
 from torch import Tensor, nn
 from torch.distributed.tensor import DeviceMesh, DTensor, Placement, distribute_tensor
+
+import fused_adamw
+from fused_adamw.optimizer import FusedOptimizer
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 LOUD: dict[str, Any] = {"lr": 0.1, "weight_decay": 0.1}

@@ -55,6 +55,7 @@ def test_norms_over_every_placement() -> None:
     assert [ours for ours, _, _ in host] == [ours for ours, _, _ in device]
     for ours, whole, theirs in ranks[0]:
         assert ours == pytest.approx(whole, rel=1e-6)
+        assert ours == pytest.approx(theirs, rel=1e-6)
 
 
 def clipped_beside_torch(rank: int, is_grid: bool) -> list[tuple[float, float]]:
@@ -147,7 +148,9 @@ def scaled(rank: int) -> list[Any]:
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad()
-        found.append([torch.tensor(scaler.get_scale()), *(p.full_tensor() for p in net.parameters())])
+        found.append(
+            [torch.tensor(scaler.get_scale()), *(p.full_tensor() for p in net.parameters())]
+        )
     return found
 
 
