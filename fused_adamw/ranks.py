@@ -75,6 +75,7 @@ class Ranks:
         self._agreed = not groups
         self._due = False
         self._on_device = False
+        self._told = False  # whether all ranks know of an error
         self._param_groups = 0
         self._device = torch.device("cpu")
         self._describe: Callable[[], list[str]] = list
@@ -107,6 +108,7 @@ class Ranks:
         self._device = device
         self._describe = describe
         self._on_device = on_device
+        self._told = False
 
     def meet(
         self, squares: NDArray[np.float64], overflow: bool
@@ -120,17 +122,15 @@ class Ranks:
         Raises:
             TypeError, ValueError, RuntimeError: a rank cannot take the step, or other param groups.
         """
-        failure = self._compare(Said(self._describe())) if not self._agreed else None
+        self._agree(Said(self._describe()) if not self._agreed else None)
         if not self._due:
-            _raise(failure)
             return squares, overflow
-        numbers = [*squares.reshape(-1).tolist(), overflow, failure is not None]
-        vector = torch.tensor(numbers, dtype=torch.float64)
+        vector = torch.tensor([*squares.reshape(-1).tolist(), overflow, 0], dtype=torch.float64)
         self._due = False
         self.add_up(vector)
         overflows, failures = vector[-_FLAGS:].tolist()
         if failures:
-            _raise(self._common(Said([], failure)))
+            self._raise_common(Said([]))
         return vector[:-_FLAGS].numpy().reshape(squares.shape), overflows > 0
 
     def meet_on_device(self, rows: Tensor, overflow: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -143,27 +143,25 @@ class Ranks:
         Returns:
             The squares of each param group, and what any rank found.
         """
-        failure = self._compare(Said(self._describe())) if not self._agreed else None
+        self._agree(Said(self._describe()) if not self._agreed else None)
         if self._due:
             found = rows.new_zeros(_FLAGS)
             if overflow is not None:
                 found[0] = overflow.reshape(())
-            found[1] = failure is not None
             vector = torch.cat((rows, found))
             self._due = False
             self.add_up(vector)
             rows, overflow = vector[:-_FLAGS], vector[-_FLAGS:].sum().to(torch.float32)
-        _raise(failure)
         return sum_of_classes(rows.view(self.class_count, -1)), overflow
 
     def fail(self, error: Exception) -> NoReturn:
         """Takes part in the meetings of a step that this rank cannot take, then raises on all."""
-        if self._agreed and not self._due:
+        if self._told or type(error).__name__ not in _ERRORS or not self._classes_of:
             raise error
-        kind, message = type(error).__name__, f"rank {torch.distributed.get_rank()}: {error}"
-        failure: tuple[str, str] | None = kind, message
+        message = f"rank {torch.distributed.get_rank()}: {error}"
+        said = Said([], (type(error).__name__, message))
         if not self._agreed:
-            failure = self._compare(Said([], failure))
+            self._agree(said)
         if self._due:
             self._due = False
             size = self.class_count * self._param_groups + _FLAGS
@@ -172,9 +170,8 @@ class Ranks:
             vector[-1] = 1
             self.add_up(vector)
             if not self._on_device:
-                failure = self._common(Said([], failure))
-        _raise(failure)
-        raise error
+                self._raise_common(said)
+        raise type(error)(message) from error
 
     def add_up(self, vector: Tensor) -> None:
         """Sums squares, [classes * param groups], and the flags after them, over the ranks."""
@@ -193,24 +190,24 @@ class Ranks:
                 rows[classes] = total[:-_FLAGS].view(len(classes), rows.shape[1]).to(vector.device)
                 vector[-_FLAGS:] = total[-_FLAGS:].to(vector.device)
 
-    def _compare(self, said: Said) -> tuple[str, str] | None:
-        """Compares what the ranks that share parameters say: the error of all of them, or None."""
-        self._agreed = True
+    def _agree(self, said: Said | None) -> None:
+        """Compares what the ranks that share parameters say, if this one has something to say."""
+        if said is None:
+            return
         number = int.from_bytes(hashlib.sha256(repr(said).encode()).digest()[:7], "little")
         extremes = torch.tensor([number, -number])
         for group in _often(self._own):
             found = extremes.to(device_for(group, self._device))
             torch.distributed.all_reduce(found, torch.distributed.ReduceOp.MAX, group=group)
             extremes = found.cpu()
-        if extremes.sum() == 0 and said.error is None:
-            return None
-        self._agreed = False
-        return self._common(said, self._own)
+        if extremes.sum() != 0 or said.error is not None:
+            self._due = False
+            self._raise_common(said, self._own)
+        self._agreed = True
 
-    def _common(
-        self, said: Said, groups: Sequence[ProcessGroup] | None = None
-    ) -> tuple[str, str] | None:
-        """Tells all ranks what each says: the error that all of them raise."""
+    def _raise_common(self, said: Said, groups: Sequence[ProcessGroup] | None = None) -> NoReturn:
+        """Tells all ranks what each says, and raises the same on all."""
+        self._told = True
         known = {torch.distributed.get_rank(): said}
         if groups is None:
             groups = [group for group, _ in self._classes_of]
@@ -221,21 +218,17 @@ class Ranks:
                 known.update(other)
         ranks = sorted(known)
         for rank in ranks:
-            if known[rank].error is not None:
-                return known[rank].error
+            error = known[rank].error
+            if error is not None:
+                raise _ERRORS[error[0]](error[1])
         for rank in ranks:
             for mine, theirs in zip_longest(known[ranks[0]].lines, known[rank].lines):
                 if mine != theirs:
-                    return "ValueError", (
+                    raise ValueError(
                         f"rank {rank}: found {theirs or 'nothing more'}; on rank {ranks[0]} "
                         f"{mine or 'nothing more'}; accepted: the same on every rank"
                     )
-        return None
-
-
-def _raise(error: tuple[str, str] | None) -> None:
-    if error is not None:
-        raise _ERRORS.get(error[0], RuntimeError)(error[1])
+        raise RuntimeError("the ranks differ in what none of them can name")
 
 
 def _often(groups: Sequence[ProcessGroup]) -> list[ProcessGroup]:
