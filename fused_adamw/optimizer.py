@@ -88,8 +88,6 @@ _FRAMES_OF_STEP = 6  # at most between its caller and itself: hooks and wrappers
 _FLAG = "decoupled_weight_decay"  # torch's name for the convention of decay, kept in checkpoints
 # Every value of a group that only some rules have, and that tells them apart.
 _RULES_KEYS = {_FLAG}.union(*map(group_keys, _C.RULES))
-# Of a group what other ranks need not have: objects of this one, or a list too long for a line.
-_NOT_SAID = {"params", "param_names"}
 Loss = TypeVar("Loss")
 States = defaultdict[Tensor, dict[str, Any]]
 # Of a parameter, by its name, if it has one, and itself.
@@ -118,6 +116,8 @@ class Options(TypedDict, total=False):
 
 
 _OF_ALL_GROUPS = Options.__annotations__.keys() - {"schedule_multiplier", "schedule", "seed"}
+# Of a group what other ranks need not have: objects of this one, or a list too long for a line.
+_NOT_SAID = {"params", "param_names", *_OF_ALL_GROUPS}
 
 
 class FusedOptimizer(Optimizer):
@@ -358,6 +358,10 @@ class FusedOptimizer(Optimizer):
         count = len(self.param_groups)
         if isinstance(param_group, dict):
             for name in sorted(_OF_ALL_GROUPS & param_group.keys()):
+                attribute = "collect_telemetry" if name == "telemetry" else name
+                if param_group[name] is getattr(self, attribute):  # ZeRO repeats them
+                    del param_group[name]
+                    continue
                 raise ValueError(
                     f"param group {count}: {name}: found {param_group[name]!r}; accepted: as an "
                     "option of the optimizer, for all param groups"
@@ -1167,6 +1171,8 @@ class FusedOptimizer(Optimizer):
         self._refuse_swapped("state_dict")
         found = super().state_dict()
         for group in found["param_groups"]:
+            for name in _OF_ALL_GROUPS & group.keys():
+                del group[name]
             if isinstance(group["schedule"], Schedule):
                 group["schedule"] = group["schedule"].describe()
             group["schedule_step"] = int(group["schedule_step"])
@@ -1245,7 +1251,8 @@ class FusedOptimizer(Optimizer):
                     f"{where} is of another algorithm than {type(self).__name__}: "
                     f"it has {', '.join(foreign)}"
                 )
-            new = deepcopy({key: value for key, value in saved.items() if key != "params"})
+            left_out = {"params", *_OF_ALL_GROUPS}
+            new = deepcopy({key: value for key, value in saved.items() if key not in left_out})
             self._adopt_group(where, group, new)
             new["params"] = group["params"]
             if "param_names" in group:

@@ -1,4 +1,4 @@
-"""What cannot be stepped is refused on every rank, with the same words, and nobody waits in vain."""
+"""What cannot be stepped is refused on every rank in the same words; nobody waits in vain."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def refused(action: Callable[[], Any]) -> str:
     """The type and message of an error."""
     try:
         action()
-    except BaseException as error:
+    except BaseException as error:  # as torch's CheckpointException is
         return f"{type(error).__name__}: {error}"
     return "no error"
 
