@@ -7,6 +7,7 @@ import math
 import threading
 import weakref
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -118,6 +119,7 @@ class RegisteredList:
     ranks: Ranks | None = None  # which share the parameters, or their norm
     draws: bool = field(init=False)  # whether anything is rounded stochastically
     native: _C.ParameterList = field(init=False)
+    _sharded: bool = field(init=False)  # whether there is a DTensor
     # Addresses of the parameters that a step updated before an engine failed. Not the buckets: they
     # keep the extension's list alive, unseen by Python's cycle collector.
     _stepped: frozenset[int] = field(init=False, default=frozenset())
@@ -125,6 +127,8 @@ class RegisteredList:
     _engines: dict[torch.device, Engine] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
+        sharded = [is_sharded(member.param) for member in self.members]
+        self._sharded = any(sharded)
         self.draws = any(member.stochastic or member.beside is not None for member in self.members)
         self.native = _C.ParameterList(
             params=[member.param for member in self.members],
@@ -142,7 +146,7 @@ class RegisteredList:
             active=[member.active for member in self.members],
             groups=[member.group for member in self.members],
             labels=[member.label for member in self.members],
-            sharded=[is_sharded(member.param) for member in self.members],
+            sharded=sharded,
             origins=[member.origin for member in self.members],
             classes=[member.norm_class for member in self.members],
             on_device=self.device_step is not None,
@@ -183,14 +187,16 @@ class RegisteredList:
         """
         with self._lock:  # another thread's step would take the buckets from under an engine
             try:
-                if not self.native.gather(
-                    hyperparameters,
-                    grads,
-                    is_state_held,
-                    options.ema_weight,
-                    options.zero_grads,
-                    steps,
-                ):
+                with self._plain_reads():
+                    gathered = self.native.gather(
+                        hyperparameters,
+                        grads,
+                        is_state_held,
+                        options.ema_weight,
+                        options.zero_grads,
+                        steps,
+                    )
+                if not gathered:
                     return Outcome.STALE
                 return self._update(
                     hyperparameters, options, measurements or Measurements(), inputs
@@ -260,6 +266,13 @@ class RegisteredList:
             zero(self.native.restrided)
             torch.autograd.graph.increment_version(self.native.zeroed)
         return Outcome.DONE
+
+    def _plain_reads(self) -> AbstractContextManager[object]:
+        """A scope in which reading a DTensor's gradient does not look for ``__torch_function__``.
+
+        The search takes longer than all else that a step does with the gradient.
+        """
+        return torch._C.DisableTorchFunctionSubclass() if self._sharded else nullcontext()
 
     def has_stepped(self, param: Tensor) -> bool:
         """Whether a step that failed had already updated a parameter."""

@@ -1,5 +1,7 @@
 #include "host/parameter_list.h"
 
+#include <structmember.h>
+
 #include <algorithm>
 #include <cmath>
 #include <cstring>
@@ -27,7 +29,7 @@
 // collection starts, and the next gather() takes them again.
 //
 // [note: shards] Of a DTensor the local tensor is stepped, and those of its gradient and its
-// states, without a call into its Python: two attributes are read of a gradient. Its specification
+// states, without a call into its Python: two slots are read of a gradient. Its specification
 // (mesh, placements) must be the parameter's; one that was found to be is remembered by its object,
 // which gradients share from step to step (FSDP2) or have anew, for which Python is asked.
 
@@ -52,7 +54,14 @@ GradientReader gradient_reader(PyObject* param) {
   return {definition->get, definition->closure};
 }
 
-PyObject* interned(const char* name) { return PyUnicode_InternFromString(name); }
+// Where objects of a type have what one of its __slots__ names; -1 if it has no such slot.
+Py_ssize_t slot_offset(PyTypeObject* type, const char* name) {
+  const auto found = py::reinterpret_steal<py::object>(
+      PyObject_GetAttrString(reinterpret_cast<PyObject*>(type), name));
+  if (!found) return PyErr_Clear(), -1;
+  if (Py_TYPE(found.ptr()) != &PyMemberDescr_Type) return -1;
+  return reinterpret_cast<PyMemberDescrObject*>(found.ptr())->d_member->offset;
+}
 
 PyObject* read(const GradientReader& reader, PyObject* param) {
   static PyObject* const kGradName = PyUnicode_InternFromString("grad");
@@ -73,44 +82,55 @@ ParameterList::~ParameterList() { let_go(); }
 void ParameterList::hold() {
   for (const Entry& entry : entries_) {
     if (!entry.active) continue;
-    held_.push_back(managed(local(entry.param, entry.sharded).ptr()));
+    PyObject* tensor = entry.sharded ? local(entry.param) : entry.param;
+    if (tensor == nullptr) throw py::error_already_set();
+    held_.push_back(managed(tensor));
   }
 }
 
-// The tensor itself, or the local tensor of a DTensor.
-py::object ParameterList::local(PyObject* tensor, bool sharded) const {
-  static PyObject* const kName = interned("_local_tensor");
-  if (!sharded) return py::reinterpret_borrow<py::object>(tensor);
-  auto found = py::reinterpret_steal<py::object>(PyObject_GetAttr(tensor, kName));
-  if (!found) throw py::error_already_set();
+// A slot of a DTensor, borrowed; null where there is none.
+PyObject* ParameterList::read_slot(PyObject* tensor, Py_ssize_t Slots::* slot) {
+  if (Py_TYPE(tensor) != slots_.type) {
+    PyTypeObject* type = Py_TYPE(tensor);
+    slots_ = {type, slot_offset(type, "_local_tensor"), slot_offset(type, "_spec")};
+  }
+  const Py_ssize_t offset = slots_.*slot;
+  if (offset < 0) return nullptr;
+  return *reinterpret_cast<PyObject**>(reinterpret_cast<char*>(tensor) + offset);
+}
+
+// The local tensor of a DTensor, borrowed; null, with Python's exception set, where it is none.
+PyObject* ParameterList::local(PyObject* tensor) {
+  PyObject* found = read_slot(tensor, &Slots::local);
+  if (found == nullptr) {
+    PyErr_SetString(PyExc_TypeError, "it is no DTensor");
+    return nullptr;
+  }
   // Another type may be one that a collective is still writing.
-  if (Py_TYPE(found.ptr()) != reinterpret_cast<PyTypeObject*>(registration_.tensor_type.ptr())) {
-    found = registration_.to_local(py::handle(tensor));
+  if (reinterpret_cast<PyObject*>(Py_TYPE(found)) != registration_.tensor_type.ptr()) {
+    temporaries_.append(registration_.to_local(py::handle(tensor)));
+    found = item(temporaries_, temporaries_.size() - 1);
   }
   return found;
 }
 
-bool ParameterList::view_local(PyObject* tensor, bool sharded, dlpack::Tensor& out) const {
-  if (!sharded) return view(tensor, out);
-  if (!py::hasattr(py::handle(tensor), "_local_tensor")) {
-    PyErr_SetString(PyExc_TypeError, "it is no DTensor");
-    return false;
-  }
-  return view(local(tensor, true).ptr(), out);  // which its owner keeps
+bool ParameterList::view_local(PyObject* tensor, bool sharded, dlpack::Tensor& out) {
+  if (sharded) tensor = local(tensor);
+  return tensor != nullptr && view(tensor, out);
 }
 
-// The local tensor of a gradient that lies as its parameter does.
-py::object ParameterList::local_gradient(Entry& entry, const py::object& grad) {
-  static PyObject* const kName = interned("_spec");
-  const auto spec = py::reinterpret_steal<py::object>(PyObject_GetAttr(grad.ptr(), kName));
-  if (!spec) PyErr_Clear();
-  if (!spec || spec.ptr() != entry.spec) {
-    const py::object differ = registration_.mismatch(py::handle(entry.param), grad);
+// The local tensor of a gradient that lies as its parameter does, borrowed.
+PyObject* ParameterList::local_gradient(Entry& entry, PyObject* grad) {
+  PyObject* spec = read_slot(grad, &Slots::spec);
+  if (spec == nullptr || spec != entry.spec) {
+    const py::object differ = registration_.mismatch(py::handle(entry.param), py::handle(grad));
     if (!differ.is_none()) fail(PyExc_ValueError, entry, py::str(differ));
-    entry.spec = spec.ptr();
-    specs_[static_cast<std::size_t>(&entry - entries_.data())] = spec;
+    entry.spec = spec;
+    specs_[static_cast<std::size_t>(&entry - entries_.data())] = py::handle(spec);
   }
-  return local(grad.ptr(), true);
+  PyObject* found = local(grad);
+  if (found == nullptr) throw py::error_already_set();
+  return found;
 }
 
 void ParameterList::let_go() {
@@ -383,20 +403,17 @@ bool ParameterList::gather(const std::vector<const Hyperparameters*>& groups,
   for (std::size_t i = 0; i < entries_.size(); ++i) {
     Entry& entry = entries_[i];
     if (i + kPrefetch < entries_.size()) prefetch(entries_[i + kPrefetch]);
-    auto grad = grads ? py::reinterpret_borrow<py::object>(item(*grads, i))
-                      : py::reinterpret_steal<py::object>(read(entry.gradient, entry.param));
+    const auto grad = grads ? py::reinterpret_borrow<py::object>(item(*grads, i))
+                            : py::reinterpret_steal<py::object>(read(entry.gradient, entry.param));
     if (!grad) throw py::error_already_set();
     if (grad.is_none()) continue;
     if (!entry.active || !unchanged(entry)) return false;
     // torch's own attribute holds the gradient; any other may hand out a tensor of the moment.
     if (!grads && !entry.gradient.get) temporaries_.append(grad);
-    if (entry.sharded) {
-      grad = local_gradient(entry, grad);
-      temporaries_.append(grad);
-    }
+    PyObject* own_grad = entry.sharded ? local_gradient(entry, grad.ptr()) : grad.ptr();
 
     Dtype grad_dtype;
-    void* grad_memory = read_gradient(entry, grad.ptr(), grad_dtype);
+    void* grad_memory = read_gradient(entry, own_grad, grad_dtype);
     if (!entry.has_state || !states_unchanged(entry, is_state_held)) return false;
     if (grad_memory != entry.checked_grad || grad_dtype != entry.checked_grad_dtype) {
       check_gradient_memory(entry, grad_memory, grad_dtype);
@@ -434,7 +451,7 @@ bool ParameterList::gather(const std::vector<const Hyperparameters*>& groups,
     route->bucket->numel += entry.numel;
     updated_.emplace_back(i, route);
     count_chunks(entry);
-    if (options.zero_grads) zeroed_.append(grad);
+    if (options.zero_grads) zeroed_.append(py::handle(own_grad));
   }
   if (classes_ > 1) order_chunks();
   if (options.zero_grads) check_gradients_disjoint();
@@ -632,15 +649,15 @@ void* ParameterList::read_gradient(const Entry& entry, PyObject* grad, Dtype& dt
       check_gradient_memory(entry, address(tensor), dtype);  // the copy's is checked by the caller
       restrided_.append(py::handle(grad));
     }
-    const py::object copy =
-        registration_.restride(py::handle(grad), local(entry.param, entry.sharded));
+    PyObject* like = entry.sharded ? local(entry.param) : entry.param;
+    const py::object copy = registration_.restride(py::handle(grad), py::handle(like));
     if (!view(copy.ptr(), tensor)) throw py::error_already_set();
     temporaries_.append(copy);
   }
   return address(tensor);
 }
 
-bool ParameterList::unchanged(const Entry& entry) const {
+bool ParameterList::unchanged(const Entry& entry) {
   dlpack::Tensor tensor;
   if (!view_local(entry.param, entry.sharded, tensor)) {
     PyErr_Clear();
@@ -652,7 +669,7 @@ bool ParameterList::unchanged(const Entry& entry) const {
          same_strides(entry, tensor);
 }
 
-bool ParameterList::states_unchanged(const Entry& entry, bool is_held) const {
+bool ParameterList::states_unchanged(const Entry& entry, bool is_held) {
   // A dict of states is referred to by the optimizer's state, the member and registration_; a
   // tensor by the dict and kept_.
   constexpr Py_ssize_t kOfDict = 3, kOfTensor = 2;

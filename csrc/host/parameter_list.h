@@ -165,6 +165,12 @@ class ParameterList {
     Dtype checked_grad_dtype;
   };
 
+  // Where a type of DTensors has its slots.
+  struct Slots {
+    PyTypeObject* type;
+    Py_ssize_t local, spec;
+  };
+
   // Memory that a step writes.
   struct Range {
     const char* begin;
@@ -196,13 +202,14 @@ class ParameterList {
   void register_state(Entry& entry, std::size_t i, py::dict state);
   void keep(PyObject* state);
   void hold();
-  py::object local(PyObject* tensor, bool sharded) const;
-  bool view_local(PyObject* tensor, bool sharded, dlpack::Tensor& out) const;
-  py::object local_gradient(Entry& entry, const py::object& grad);
+  PyObject* read_slot(PyObject* tensor, Py_ssize_t Slots::* slot);
+  PyObject* local(PyObject* tensor);
+  bool view_local(PyObject* tensor, bool sharded, dlpack::Tensor& out);
+  PyObject* local_gradient(Entry& entry, PyObject* grad);
   bool same_shape(const Entry& entry, const dlpack::Tensor& tensor) const;
   bool same_strides(const Entry& entry, const dlpack::Tensor& tensor) const;
-  bool unchanged(const Entry& entry) const;
-  bool states_unchanged(const Entry& entry, bool is_held) const;
+  bool unchanged(const Entry& entry);
+  bool states_unchanged(const Entry& entry, bool is_held);
   static void prefetch(const Entry& entry);
   Position position(const Entry& entry) const;
   void* read_gradient(const Entry& entry, PyObject* grad, Dtype& dtype);
@@ -242,6 +249,7 @@ class ParameterList {
   std::vector<ChunkRun> chunk_runs_;
   int classes_ = 1;
   int groups_ = 0;
+  Slots slots_{};                // of the type that was read last
   std::vector<Range> disjoint_;  // gradients that were last found not to overlap
 };
 
