@@ -26,7 +26,7 @@ from fused_adamw import FusedAdamW
 OURS, OURS_PLAIN, TORCH = "ours, DTensors", "ours, plain tensors", "torch-fused, DTensors"
 CLIPPED, CLIPPED_PLAIN = "ours, clipped, DTensors", "ours, clipped, plain tensors"
 TORCH_PLAIN = "torch-fused, plain tensors"
-# What is held against what, and the bounds: at most so many times as slow, at least so many as fast.
+# What is held against what: at most so many times as slow, at least so many times as fast.
 BOUNDS = [(OURS, OURS_PLAIN, "at most", 2.0), (CLIPPED, CLIPPED_PLAIN, "at most", 2.0)]
 GAINS = [(OURS, TORCH, "at least", 10.0)]
 
