@@ -156,7 +156,7 @@ py::tuple state_kinds(const Bucket& bucket) {
   return py::tuple(kinds);
 }
 
-// A list's chunks by param group, kept beyond its next step.
+// A list's chunks by class and param group, kept beyond its next step.
 struct ChunkRuns {
   std::vector<host::ChunkRun> runs;
 };
@@ -179,13 +179,14 @@ py::array_t<std::int64_t> words(const std::vector<Record>& records) {
   return table;
 }
 
-// Where the chunks of each param group end. Groups follow one another in an optimizer's list.
+// Where the chunks of each row end: of the param groups of each class, one after the other. Groups
+// follow one another in an optimizer's list.
 std::vector<std::int64_t> chunk_ends(const host::ParameterList& list, int groups) {
   std::vector<std::int64_t> ends(static_cast<std::size_t>(groups), 0);
   std::int64_t end = 0, group = 0;
   for (const host::ChunkRun& run : list.chunk_runs()) {
-    if (run.group < group) throw py::value_error("groups: found them mixed");
-    for (; group < run.group; ++group) ends.at(static_cast<std::size_t>(group)) = end;
+    if (run.row < group) throw py::value_error("groups: found them mixed");
+    for (; group < run.row; ++group) ends.at(static_cast<std::size_t>(group)) = end;
     end = run.begin + run.count;
   }
   for (; group < groups; ++group) ends.at(static_cast<std::size_t>(group)) = end;
@@ -213,7 +214,7 @@ py::array_t<std::int64_t> group_record(const host::Hyperparameters& h,
   return words(std::vector<cuda::GroupRecord>{record});
 }
 
-// Sums of chunks, `stride` columns in a row, folded for each of `groups` param groups.
+// Sums of chunks, `stride` columns in a row, folded for each of `groups` rows of the list.
 py::array_t<double> fold(std::intptr_t address, int stride, const ChunkRuns& runs, int groups) {
   std::vector<std::vector<double>> of_group(static_cast<std::size_t>(groups));
   py::array_t<double> folded({groups, stride});
@@ -221,7 +222,7 @@ py::array_t<double> fold(std::intptr_t address, int stride, const ChunkRuns& run
   for (int column = 0; column < stride; ++column) {
     for (auto& values : of_group) values.clear();
     for (const host::ChunkRun& run : runs.runs) {
-      auto& values = of_group.at(static_cast<std::size_t>(run.group));
+      auto& values = of_group.at(static_cast<std::size_t>(run.row));
       for (std::int64_t i = run.begin; i < run.begin + run.count; ++i) {
         values.push_back(partials[i * stride + column]);
       }
@@ -386,25 +387,30 @@ PYBIND11_MODULE(_C, m) {
       .def(py::init([](py::list params, py::list states, py::list names, py::list counts,
                        py::list scalars, py::list fresh, py::list besides, py::list scales,
                        py::list stochastic, py::list keys, py::list averages, py::list unaveraged,
-                       py::list active, py::list groups, py::list labels, bool on_device,
-                       py::object restride, py::object increment_version) {
+                       py::list active, py::list groups, py::list labels, py::list sharded,
+                       py::list origins, py::list classes, bool on_device, py::object restride,
+                       py::object to_local, py::object mismatch, py::object tensor_type,
+                       py::object increment_version) {
              for (const py::list& list :
                   {states, names, counts, scalars, fresh, besides, scales, stochastic, keys,
-                   averages, unaveraged, active, groups, labels}) {
+                   averages, unaveraged, active, groups, labels, sharded, origins, classes}) {
                if (list.size() != params.size()) {
                  throw py::value_error("lists of one registration differ in length");
                }
              }
-             return std::make_unique<host::ParameterList>(
-                 host::Registration{params, states, names, counts, scalars, fresh, besides, scales,
-                                    stochastic, keys, averages, unaveraged, active, groups, labels,
-                                    on_device, restride, increment_version});
+             return std::make_unique<host::ParameterList>(host::Registration{
+                 params,    states,   names,      counts,   scalars,     fresh,
+                 besides,   scales,   stochastic, keys,     averages,    unaveraged,
+                 active,    groups,   labels,     sharded,  origins,     classes,
+                 on_device, restride, to_local,   mismatch, tensor_type, increment_version});
            }),
            py::kw_only(), py::arg("params"), py::arg("states"), py::arg("names"), py::arg("counts"),
            py::arg("scalars"), py::arg("fresh"), py::arg("besides"), py::arg("scales"),
            py::arg("stochastic"), py::arg("keys"), py::arg("averages"), py::arg("unaveraged"),
-           py::arg("active"), py::arg("groups"), py::arg("labels"), py::arg("on_device"),
-           py::arg("restride"), py::arg("increment_version"))
+           py::arg("active"), py::arg("groups"), py::arg("labels"), py::arg("sharded"),
+           py::arg("origins"), py::arg("classes"), py::arg("on_device"), py::arg("restride"),
+           py::arg("to_local"), py::arg("mismatch"), py::arg("tensor_type"),
+           py::arg("increment_version"))
       .def("remember", &host::ParameterList::remember, py::arg("param_lists"), py::arg("states"))
       .def("matches", &host::ParameterList::matches, py::arg("param_lists"), py::arg("states"))
       .def(

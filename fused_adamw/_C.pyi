@@ -145,8 +145,14 @@ class ParameterList:
         active: list[bool],
         groups: list[int],
         labels: list[str],
+        sharded: list[bool],
+        origins: list[int],
+        classes: list[int],
         on_device: bool,
         restride: Callable[[Tensor, Tensor], Tensor],
+        to_local: Callable[[Tensor], Tensor],
+        mismatch: Callable[[Tensor, Tensor], str | None],
+        tensor_type: type[Tensor],
         increment_version: Callable[[list[Tensor]], None],
     ) -> None: ...
     def remember(

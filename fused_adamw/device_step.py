@@ -20,6 +20,7 @@ from torch import Tensor
 from fused_adamw import _C
 from fused_adamw.device_schedules import program
 from fused_adamw.engines import Engine, device_of
+from fused_adamw.ranks import Ranks
 from fused_adamw.whole_step import StepOptions, one_number
 
 _FLOATS = (torch.float32, torch.float64)
@@ -171,7 +172,7 @@ class DeviceStep:
         steps: of each parameter the count of steps, float32 [], which rules use that keep none in
             their state; None where there is no state.
         averaged: of each parameter whether its average has begun, float32 [], or None likewise.
-        groups: number of param groups.
+        rows: number of sums of squares: of each class of `ranks.Ranks` one for each param group.
         captured: the optimizer's, to which steps add what captured graphs use: it must live as long
             as they may be replayed, which is longer than the list is registered.
     """
@@ -181,7 +182,7 @@ class DeviceStep:
         device: torch.device,
         steps: list[Tensor | None],
         averaged: list[Tensor | None],
-        groups: int,
+        rows: int,
         captured: list[Any],
     ) -> None:
         self.device = device
@@ -189,7 +190,7 @@ class DeviceStep:
         self._steps, self._averaged = steps, averaged
         self._rows = torch.zeros(len(steps), _C.DEVICE_ROW, dtype=torch.float32, device=device)
         self._skip = torch.zeros((), dtype=torch.int32, device=device)
-        self._squares = torch.zeros(groups, dtype=torch.float64, device=device)
+        self._squares = torch.zeros(rows, dtype=torch.float64, device=device)
         self._tables: dict[str, _Table] = {}
         self._captured = captured
 
@@ -205,6 +206,7 @@ class DeviceStep:
         buckets: Sequence[_C.Bucket],
         inputs: DeviceInputs,
         options: StepOptions,
+        ranks: Ranks | None,
     ) -> None:
         """Enqueues all that precedes the update, and points the buckets at its results.
 
@@ -228,24 +230,26 @@ class DeviceStep:
             if isinstance(limit, Tensor)
             else None
         )
-        squares = 0
+        squares: Tensor | None = None
         if options.measures_norm:
             partials = torch.empty(native.chunks, dtype=torch.float64, device=self.device)
             for bucket in buckets:
                 engine.square_sums(bucket, partials)
-            ends = self._table("ends", np.array(native.chunk_ends(len(plans)), np.int64))
+            rows = self._squares.numel()
+            ends = self._table("ends", np.array(native.chunk_ends(rows), np.int64))
             fold(
                 _C.FoldArguments(
                     partials=partials.data_ptr(),
                     ends=ends,
                     squares=self._squares.data_ptr(),
-                    groups=len(plans),
+                    groups=rows,
                 ),
                 self.device,
             )
-            for group in options.norm_process_groups:
-                torch.distributed.all_reduce(self._squares, group=group)
-            squares = self._squares.data_ptr()
+            squares = self._squares
+        if ranks is not None:
+            found, overflow = ranks.meet_on_device(self._squares, overflow)
+            squares = None if squares is None else found
         records = np.concatenate([self._record(g, plan, options) for g, plan in enumerate(plans)])
         parameters = native.device_records(
             list(map(_address, self._steps)), list(map(_address, self._averaged))
@@ -256,7 +260,7 @@ class DeviceStep:
                 parameters=self._table("parameters", parameters) if len(parameters) else 0,
                 group_count=len(plans),
                 parameter_count=len(parameters),
-                squares=squares,
+                squares=_address(squares),
                 grad_scale=_address(scale),
                 found_inf=_address(overflow),
                 clips=limit is not None,
@@ -275,7 +279,7 @@ class DeviceStep:
                 table.is_captured = True
             own = self._rows, self._skip, self._squares, self.grad_norm, self._steps, self._averaged
             tables = [table.memory for table in self._tables.values()]
-            self._captured.append((own, tables, plans, limit_at, scale, overflow))
+            self._captured.append((own, tables, plans, limit_at, scale, overflow, squares))
 
     def _amp(self, name: str, value: Tensor | float | None) -> Tensor | None:
         if value is None or isinstance(value, Tensor):

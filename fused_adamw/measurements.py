@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fused_adamw import _C
 from fused_adamw.engines import Engine, device_of
-from fused_adamw.whole_step import StepOptions
+from fused_adamw.ranks import sum_of_classes
 
 
 class GroupTelemetry(NamedTuple):
@@ -48,6 +48,7 @@ _SKIPPED = GroupTelemetry(math.nan, math.nan, math.nan, None, math.nan, skipped=
 class _Observed:
     sums: Tensor  # float64 [chunks, fields of core/pass.h's Observation]
     runs: _C.ChunkRuns
+    shape: tuple[int, int]  # of the runs' rows: classes, param groups
     numels: list[int]  # of each param group
     grad_scale: float | Tensor
     skip: Tensor | None  # where the device decides, whether it skipped: int32 []
@@ -64,28 +65,30 @@ class Measurements:
         self.grad_norm: Tensor | None = None
         self._observed: _Observed | int | None = None  # of so many groups nothing: skipped
 
-    def measure_norm(
+    def squares(
         self,
         native: _C.ParameterList,
         engines: Sequence[Engine],
         buckets: Sequence[_C.Bucket],
-        groups: int,
-        options: StepOptions,
-    ) -> float:
-        """The norm of all unscaled gradients of `groups` param groups. See [note: square sums]."""
+        shape: tuple[int, int],
+    ) -> NDArray[np.float64]:
+        """This rank's sums of gradients' squares: [classes, groups]. See [note: square sums]."""
         partials = _columns(native, buckets, 1)
         for engine, bucket in zip(engines, buckets, strict=True):
             engine.square_sums(bucket, partials[device_of(bucket)])
-        device = next(iter(partials), torch.device("cpu"))
-        squares = np.zeros(groups)
+        squares = np.zeros(shape[0] * shape[1])
         for sums in partials.values():  # of a chunk on another device there is a zero
-            squares += _folded(sums, native.chunk_runs, groups)[:, 0]
-        for process_group in options.norm_process_groups:
-            squares = _sum_over_ranks(squares, process_group, device)
+            squares += _folded(sums, native.chunk_runs, len(squares))[:, 0]
+        return squares.reshape(shape)
+
+    def norm_of(
+        self, squares: NDArray[np.float64], grad_scale: float, device: torch.device
+    ) -> float:
+        """The norm of all unscaled gradients, of their squares' sums over all ranks."""
         total = 0.0
-        for square in squares.tolist():
+        for square in sum_of_classes(squares).tolist():
             total += square
-        norm = _C.norm(total, options.grad_scale)
+        norm = _C.norm(total, grad_scale)
         self.grad_norm = torch.tensor(norm, dtype=torch.float32, device=device)
         return norm
 
@@ -94,11 +97,13 @@ class Measurements:
         native: _C.ParameterList,
         engines: Sequence[Engine],
         buckets: Sequence[_C.Bucket],
-        groups: int,
+        shape: tuple[int, int],
         grad_scale: float | Tensor,
         skip: Tensor | None = None,
     ) -> None:
         """Has the buckets observed as they are updated, unless the device then sets `skip`.
+
+        The list has `shape` rows of sums: [classes, groups].
 
         Raises:
             RuntimeError: an engine does not observe, or there are several devices.
@@ -110,13 +115,13 @@ class Measurements:
         columns = _columns(native, buckets, _C.OBSERVED)
         if len(columns) > 1:
             raise RuntimeError("telemetry: found parameters on several devices, accepted: on one")
-        numels = [0] * groups
+        numels = [0] * shape[1]
         for bucket in buckets:
             for group, numel in zip(bucket.groups.tolist(), bucket.numels.tolist(), strict=True):
                 numels[group] += numel
         sums = next(iter(columns.values()), torch.empty(0, _C.OBSERVED, dtype=torch.float64))
         native.set_observed(sums.data_ptr())
-        self._observed = _Observed(sums, native.chunk_runs, numels, grad_scale, skip)
+        self._observed = _Observed(sums, native.chunk_runs, shape, numels, grad_scale, skip)
 
     def observe_skip(self, groups: int) -> None:
         """Notes that a step over `groups` param groups was skipped."""
@@ -131,7 +136,9 @@ class Measurements:
             return [_SKIPPED] * observed
         if observed.skip is not None and observed.skip.item():
             return [_SKIPPED] * len(observed.numels)
-        sums = _folded(observed.sums, observed.runs, len(observed.numels)).tolist()
+        classes, groups = observed.shape
+        folded = _folded(observed.sums, observed.runs, classes * groups)
+        sums = sum_of_classes(folded.reshape(classes, groups, -1)).tolist()
         return [
             GroupTelemetry(
                 _norm(grad, float(observed.grad_scale)),
@@ -163,27 +170,7 @@ def _columns(
     }
 
 
-def _folded(sums: Tensor, runs: _C.ChunkRuns, groups: int) -> NDArray[np.float64]:
-    """The sums over the chunks of each param group, [groups, columns]; the host waits."""
+def _folded(sums: Tensor, runs: _C.ChunkRuns, rows: int) -> NDArray[np.float64]:
+    """The sums over the chunks of each row, [rows, columns]; the host waits."""
     on_host = sums.cpu()
-    return _C.fold(on_host.data_ptr(), on_host.shape[1], runs, groups)
-
-
-def _sum_over_ranks(
-    squares: NDArray[np.float64], process_group: Any, device: torch.device
-) -> NDArray[np.float64]:
-    total = torch.tensor(squares, device=_device_for(process_group, device))
-    torch.distributed.all_reduce(total, group=process_group)
-    return total.cpu().numpy()
-
-
-def _device_for(process_group: Any, device: torch.device) -> torch.device:
-    """Where numbers of the host are summed over ranks, which must all choose the same.
-
-    On the host if the group communicates there; else on the gradients' device, and without
-    gradients on the current one of a kind that the group has.
-    """
-    kinds = [kind.type for kind in process_group._device_types]
-    if "cpu" in kinds:
-        return torch.device("cpu")
-    return device if device.type in kinds else torch.device(kinds[0])
+    return _C.fold(on_host.data_ptr(), on_host.shape[1], runs, rows)

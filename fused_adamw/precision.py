@@ -16,6 +16,14 @@ arithmetic.
 
 What engines do in a step is written here once more for checkpoints, on any device and with the same
 bits, but for what they round stochastically.
+
+[note: sharded codes] The states of a DTensor are DTensors of its mesh and placements, in whatever
+format; blocks are of the local shard. Scales are too, so that they can be saved by one number of
+ranks and loaded by another: of a parameter of shape [r, c], with 64 | c, they have shape [r, c/64],
+and likewise where only c times the dimensions before it can be divided into blocks. The states of a
+DTensor that such blocks do not fit, since a shard would begin within one, are not coded, as those
+of small tensors. Functions here take local tensors, with scales of one dimension; `local_state` and
+`wrapped_state` go between.
 """
 
 from __future__ import annotations
@@ -27,6 +35,15 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from fused_adamw.shards import (
+    block_shape,
+    is_sharded,
+    local_of,
+    sliced,
+    split_for_blocks,
+    wrapped,
+)
 
 BLOCK = 64
 """Elements that share a scale."""
@@ -49,6 +66,75 @@ STATE_KINDS = {
 def scale_key(name: str) -> str:
     """The key of the scales of a coded state."""
     return f"{name}_scale"
+
+
+_SCALE_KEYS = frozenset(map(scale_key, STATE_KINDS))
+
+
+def blocks_fit(param: Tensor) -> bool:
+    """Whether the states of a parameter may be coded: [note: sharded codes]."""
+    return not is_sharded(param) or split_for_blocks(param, BLOCK) is not None
+
+
+def local_state(state: dict[str, Any]) -> dict[str, Any]:
+    """A parameter's state with local tensors in the place of DTensors: [note: sharded codes]."""
+    return {
+        key: (local_of(value).reshape(-1) if key in _SCALE_KEYS else local_of(value))
+        if is_sharded(value)
+        else value
+        for key, value in state.items()
+    }
+
+
+@torch.no_grad()
+def localized_state(saved: dict[str, Any], param: Tensor) -> dict[str, Any]:
+    """A saved state with this rank's part of every array, in the order of the local parameter.
+
+    Codes that were not saved as DTensors are decoded where their blocks are not the shard's.
+
+    Args:
+        saved: DTensors with the parameter's placements, or whole tensors of its shape; scales of
+            codes in any shape.
+        param: the parameter.
+    """
+    found = dict(saved)
+    fit = blocks_fit(param)
+    for name, kind in STATE_KINDS.items():
+        value, scale = saved.get(name), saved.get(scale_key(name))
+        if not isinstance(value, Tensor) or not isinstance(scale, Tensor):
+            continue
+        split = split_for_blocks(param, BLOCK) if is_sharded(param) else None
+        if split is not None and not is_sharded(scale) and fit:
+            shape = block_shape(param.shape, split, BLOCK)
+            if scale.numel() == shape.numel():
+                found[scale_key(name)] = sliced(scale.reshape(shape), param)
+        elif is_sharded(param) and not is_sharded(value):
+            found[name] = decode_state(value, scale.reshape(-1), kind)
+            del found[scale_key(name)]
+        elif not is_sharded(scale):
+            found[scale_key(name)] = scale.reshape(-1)
+    if is_sharded(param):
+        for name, value in found.items():
+            if isinstance(value, Tensor) and value.shape == param.shape and value.dim():
+                found[name] = value if is_sharded(value) else sliced(value, param)
+    return local_state(found)
+
+
+def wrapped_state(arrays: dict[str, Tensor], param: Tensor) -> dict[str, Tensor]:
+    """DTensors, where the parameter is one, of a state's local arrays: [note: sharded codes]."""
+    if not is_sharded(param):
+        return arrays
+    split = split_for_blocks(param, BLOCK)
+    found: dict[str, Tensor] = {}
+    for key, array in arrays.items():
+        if key in _SCALE_KEYS:
+            assert split is not None
+            local = block_shape(local_of(param).shape, split, BLOCK)
+            shape = block_shape(param.shape, split, BLOCK)
+            found[key] = wrapped(array.reshape(local), param, shape)
+        else:
+            found[key] = wrapped(array, param)
+    return found
 
 
 # --- Formats and layouts -------------------------------------------------------------------------
@@ -126,6 +212,11 @@ class Layout:
     def beside_key(self) -> str | None:
         """The key of the array beside the parameter in its state; ``None`` where there is none."""
         return _BESIDES[self.beside].key if self.beside else None
+
+    @property
+    def draws(self) -> bool:
+        """Whether random bits decide how anything is rounded."""
+        return self.stochastic or self.beside == "remainder8"
 
     @property
     def beside_dtype(self) -> torch.dtype | None:

@@ -7,9 +7,11 @@ import math
 import threading
 import weakref
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -17,6 +19,8 @@ from fused_adamw import _C
 from fused_adamw.device_step import DeviceInputs, DeviceStep
 from fused_adamw.engines import Engine, device_of, engine_for
 from fused_adamw.measurements import Measurements
+from fused_adamw.ranks import Ranks
+from fused_adamw.shards import is_sharded, local_of, mismatch, to_local, wrapped
 from fused_adamw.whole_step import EMA, PLAIN, Outcome, StepOptions, zero
 
 
@@ -32,9 +36,13 @@ _use_exchange_api()
 
 @torch.no_grad()
 def restride(tensor: Tensor, like: Tensor) -> Tensor:
-    """A copy of ``tensor`` whose strides are those of ``like``, a tensor of the same shape."""
-    copy = torch.empty_strided(like.shape, like.stride(), dtype=tensor.dtype, device=tensor.device)
-    return copy.copy_(tensor)
+    """A copy of ``tensor`` whose strides are those of ``like``, a tensor of the same shape.
+
+    Of a DTensor the strides of the local tensor count.
+    """
+    own, its = local_of(tensor), local_of(like)
+    copy = torch.empty_strided(its.shape, its.stride(), dtype=tensor.dtype, device=own.device)
+    return wrapped(copy.copy_(own), tensor)
 
 
 _FULL_COLLECTION = 2
@@ -71,6 +79,8 @@ class Member:
         active: whether it can have a gradient; what cannot may be of any kind.
         group: index of its param group.
         label: how messages call it.
+        origin: number of the parameter's first element among those of the whole tensor.
+        norm_class: number of its class: [note: meetings] in ranks.py.
     """
 
     param: Tensor
@@ -88,6 +98,8 @@ class Member:
     averaged: bool = False
     unaveraged: bool = False
     active: bool = True
+    origin: int = 0
+    norm_class: int = 0
 
 
 @dataclass(eq=False)
@@ -105,8 +117,10 @@ class RegisteredList:
     averages: bool = False  # whether it has averages of its parameters
     device_step: DeviceStep | None = None  # where coefficients are worked out on the device
     seeds: Sequence[int] = ()  # of each group: where the members' random keys are from
+    ranks: Ranks | None = None  # which share the parameters, or their norm
     draws: bool = field(init=False)  # whether anything is rounded stochastically
     native: _C.ParameterList = field(init=False)
+    _sharded: bool = field(init=False)  # whether there is a DTensor
     # Addresses of the parameters that a step updated before an engine failed. Not the buckets: they
     # keep the extension's list alive, unseen by Python's cycle collector.
     _stepped: frozenset[int] = field(init=False, default=frozenset())
@@ -114,6 +128,8 @@ class RegisteredList:
     _engines: dict[torch.device, Engine] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
+        sharded = [is_sharded(member.param) for member in self.members]
+        self._sharded = any(sharded)
         self.draws = any(member.stochastic or member.beside is not None for member in self.members)
         self.native = _C.ParameterList(
             params=[member.param for member in self.members],
@@ -131,8 +147,14 @@ class RegisteredList:
             active=[member.active for member in self.members],
             groups=[member.group for member in self.members],
             labels=[member.label for member in self.members],
+            sharded=sharded,
+            origins=[member.origin for member in self.members],
+            classes=[member.norm_class for member in self.members],
             on_device=self.device_step is not None,
             restride=restride,
+            to_local=to_local,
+            mismatch=mismatch,
+            tensor_type=Tensor,
             increment_version=torch.autograd.graph.increment_version,
         )
         _live.add(self)
@@ -166,14 +188,16 @@ class RegisteredList:
         """
         with self._lock:  # another thread's step would take the buckets from under an engine
             try:
-                if not self.native.gather(
-                    hyperparameters,
-                    grads,
-                    is_state_held,
-                    options.ema_weight,
-                    options.zero_grads,
-                    steps,
-                ):
+                with self._plain_reads():
+                    gathered = self.native.gather(
+                        hyperparameters,
+                        grads,
+                        is_state_held,
+                        options.ema_weight,
+                        options.zero_grads,
+                        steps,
+                    )
+                if not gathered:
                     return Outcome.STALE
                 return self._update(
                     hyperparameters, options, measurements or Measurements(), inputs
@@ -190,7 +214,7 @@ class RegisteredList:
     ) -> Outcome:
         buckets = self.native.buckets()
         engines = [self._engine(device_of(bucket)) for bucket in buckets]
-        groups = len(hyperparameters)
+        shape = self.ranks.class_count if self.ranks is not None else 1, len(hyperparameters)
         coefficient = 1.0
         if self.device_step is not None:
             assert inputs is not None
@@ -199,20 +223,28 @@ class RegisteredList:
                 scale = inputs.amp.grad_scale
                 # The scaler will change its own.
                 kept = scale.clone() if isinstance(scale, torch.Tensor) else scale or 1.0
-                measurements.observe(self.native, engines, buckets, groups, kept, skip)
+                measurements.observe(self.native, engines, buckets, shape, kept, skip)
             engine = self._engine(self.device_step.device)
-            self.device_step.prepare(self.native, engine, buckets, inputs, options)
+            self.device_step.prepare(self.native, engine, buckets, inputs, options, self.ranks)
             if skip is not None:
                 skip.copy_(self.device_step.skip)
             if options.measures_norm:
                 measurements.grad_norm = self.device_step.grad_norm
-        elif options.measures_norm:
-            norm = measurements.measure_norm(self.native, engines, buckets, groups, options)
-            if options.overflow or (options.skip_nonfinite and not math.isfinite(norm)):
+        else:
+            squares, overflow = np.zeros(shape), options.overflow
+            if options.measures_norm:
+                squares = measurements.squares(self.native, engines, buckets, shape)
+            if self.ranks is not None:
+                squares, overflow = self.ranks.meet(squares, overflow)
+            norm = 0.0
+            if options.measures_norm:
+                device = next(map(device_of, buckets), torch.device("cpu"))
+                norm = measurements.norm_of(squares, options.grad_scale, device)
+            if overflow or (options.skip_nonfinite and not math.isfinite(norm)):
                 if options.zero_grads:
                     zero(self.native.zeroed)
                 if options.telemetry:
-                    measurements.observe_skip(groups)
+                    measurements.observe_skip(shape[1])
                 return Outcome.SKIPPED
             if options.max_grad_norm is not None:
                 coefficient = _C.clip_coefficient(norm, float(options.max_grad_norm))
@@ -220,7 +252,7 @@ class RegisteredList:
         if factor != 1.0:
             self.native.set_grad_factor(factor)
         if options.telemetry and self.device_step is None:
-            measurements.observe(self.native, engines, buckets, groups, options.grad_scale)
+            measurements.observe(self.native, engines, buckets, shape, options.grad_scale)
         done = 0
         try:
             for engine, bucket in zip(engines, buckets, strict=True):
@@ -236,9 +268,16 @@ class RegisteredList:
             torch.autograd.graph.increment_version(self.native.zeroed)
         return Outcome.DONE
 
+    def _plain_reads(self) -> AbstractContextManager[object]:
+        """A scope in which reading a DTensor's gradient does not look for ``__torch_function__``.
+
+        The search takes longer than all else that a step does with the gradient.
+        """
+        return torch._C.DisableTorchFunctionSubclass() if self._sharded else nullcontext()
+
     def has_stepped(self, param: Tensor) -> bool:
         """Whether a step that failed had already updated a parameter."""
-        return param.data_ptr() in self._stepped
+        return local_of(param).data_ptr() in self._stepped
 
     def _engine(self, device: torch.device) -> Engine:
         if (

@@ -61,7 +61,9 @@ def language_model() -> Any:
 
 
 def assert_same_model(ours: nn.Module, theirs: nn.Module) -> None:
-    torch.testing.assert_close(dict(ours.named_parameters()), dict(theirs.named_parameters()), **CLOSE)
+    torch.testing.assert_close(
+        dict(ours.named_parameters()), dict(theirs.named_parameters()), **CLOSE
+    )
 
 
 # --- Hugging Face Trainer ------------------------------------------------------------------------
@@ -124,9 +126,7 @@ def test_hugging_face_trainer_with_an_optimizer(tmp_path: Path) -> None:
     cosine = schedules.CosineAnnealing(8)
     optimizer = FusedAdamW(ours.parameters(), schedule=cosine, max_grad_norm=0.1, **OPTIONS)
     constant = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda t: 1.0)
-    _train(
-        hugging_face(tmp_path, ours, {"max_grad_norm": 0.0}, optimizers=(optimizer, constant))
-    )
+    _train(hugging_face(tmp_path, ours, {"max_grad_norm": 0.0}, optimizers=(optimizer, constant)))
     other = torch.optim.AdamW(theirs.parameters(), **OPTIONS)
     scheduler = torch.optim.lr_scheduler.LambdaLR(other, cosine)
     _train(hugging_face(tmp_path, theirs, {"max_grad_norm": 0.1}, optimizers=(other, scheduler)))
@@ -139,7 +139,11 @@ def test_hugging_face_trainer_resumes(tmp_path: Path) -> None:
     models = []
     for folder, resumes in (("whole", False), ("resumed", True)):
         model = language_model()
-        arguments = {"output_dir": str(tmp_path / folder), "save_strategy": "steps", "save_steps": 4}
+        arguments = {
+            "output_dir": str(tmp_path / folder),
+            "save_strategy": "steps",
+            "save_steps": 4,
+        }
         chosen = {"optimizer_cls_and_kwargs": (FusedAdamW, {**OPTIONS, "ema_decay": 0.9})}
         trainer = hugging_face(tmp_path, model, arguments, **chosen)
         trainer.train()
@@ -211,7 +215,9 @@ def test_accelerate_with_mixed_precision() -> None:
 
 
 def test_accelerate_clips_by_the_optimizer() -> None:
-    ours, _ = accelerated(lambda params, **options: FusedAdamW(params, max_grad_norm=0.1, **options))
+    ours, _ = accelerated(
+        lambda params, **options: FusedAdamW(params, max_grad_norm=0.1, **options)
+    )
     theirs, _ = accelerated(torch.optim.AdamW, clip=0.1)
     assert_same_model(ours, theirs)
 

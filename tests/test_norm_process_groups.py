@@ -18,7 +18,7 @@ from drawn_training import assert_same_bits, make_params, set_grads, state_tenso
 from torch import Tensor, distributed, multiprocessing
 
 from fused_adamw import FusedAdamW
-from fused_adamw.measurements import _device_for
+from fused_adamw.ranks import device_for
 
 pytestmark = pytest.mark.skipif(
     not (distributed.is_available() and distributed.is_gloo_available()), reason="gloo is missing"
@@ -161,7 +161,7 @@ def test_ranks_agree_where_the_norm_is_summed(
     kinds: tuple[str, ...], device: str, expected: str
 ) -> None:
     group = SimpleNamespace(_device_types=list(map(torch.device, kinds)))
-    assert _device_for(group, torch.device(device)) == torch.device(expected)
+    assert device_for(group, torch.device(device)) == torch.device(expected)
 
 
 @pytest.fixture

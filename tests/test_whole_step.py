@@ -357,9 +357,13 @@ def norms_of(grad: torch.Tensor, engines: Mapping[str, Engine]) -> dict[str, flo
     assert native.gather(hyperparameters, [grad])
     (bucket,) = native.buckets()
     return {
-        name: Measurements().measure_norm(native, [engine], [bucket], 1, StepOptions())
-        for name, engine in engines.items()
+        name: norm_of(Measurements(), native, engine, bucket) for name, engine in engines.items()
     }
+
+
+def norm_of(measured: Measurements, native: Any, engine: Engine, bucket: Any) -> float:
+    squares = measured.squares(native, [engine], [bucket], (1, 1))
+    return measured.norm_of(squares, 1.0, torch.device("cpu"))
 
 
 def float64_norm(grad: torch.Tensor) -> float:

@@ -1,9 +1,12 @@
 #include "host/parameter_list.h"
 
+#include <structmember.h>
+
 #include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <limits>
+#include <numeric>
 #include <tuple>
 
 #include "core/float_environment.h"
@@ -24,6 +27,11 @@
 // times as fast. Python's cycle collector cannot see through a reference held in C++, so a tensor
 // that is part of a cycle (by a hook, say) would never be freed: all are let go of when a full
 // collection starts, and the next gather() takes them again.
+//
+// [note: shards] Of a DTensor the local tensor is stepped, and those of its gradient and its
+// states, without a call into its Python: two slots are read of a gradient. Its specification
+// (mesh, placements) must be the parameter's; one that was found to be is remembered by its object,
+// which gradients share from step to step (FSDP2) or have anew, for which Python is asked.
 
 namespace fused_adamw::host {
 namespace {
@@ -46,6 +54,15 @@ GradientReader gradient_reader(PyObject* param) {
   return {definition->get, definition->closure};
 }
 
+// Where objects of a type have what one of its __slots__ names; -1 if it has no such slot.
+Py_ssize_t slot_offset(PyTypeObject* type, const char* name) {
+  const auto found = py::reinterpret_steal<py::object>(
+      PyObject_GetAttrString(reinterpret_cast<PyObject*>(type), name));
+  if (!found) return PyErr_Clear(), -1;
+  if (Py_TYPE(found.ptr()) != &PyMemberDescr_Type) return -1;
+  return reinterpret_cast<PyMemberDescrObject*>(found.ptr())->d_member->offset;
+}
+
 PyObject* read(const GradientReader& reader, PyObject* param) {
   static PyObject* const kGradName = PyUnicode_InternFromString("grad");
   return reader.get ? reader.get(param, reader.closure) : PyObject_GetAttr(param, kGradName);
@@ -55,6 +72,7 @@ PyObject* read(const GradientReader& reader, PyObject* param) {
 
 ParameterList::ParameterList(Registration registration) : registration_(std::move(registration)) {
   entries_.resize(registration_.params.size());
+  for (std::size_t i = 0; i < entries_.size(); ++i) specs_.append(py::none());
   for (std::size_t i = 0; i < entries_.size(); ++i) register_entry(i);
   check_overlaps();
 }
@@ -63,8 +81,56 @@ ParameterList::~ParameterList() { let_go(); }
 
 void ParameterList::hold() {
   for (const Entry& entry : entries_) {
-    if (entry.active) held_.push_back(managed(entry.param));
+    if (!entry.active) continue;
+    PyObject* tensor = entry.sharded ? local(entry.param) : entry.param;
+    if (tensor == nullptr) throw py::error_already_set();
+    held_.push_back(managed(tensor));
   }
+}
+
+// A slot of a DTensor, borrowed; null where there is none.
+PyObject* ParameterList::read_slot(PyObject* tensor, Py_ssize_t Slots::* slot) {
+  if (Py_TYPE(tensor) != slots_.type) {
+    PyTypeObject* type = Py_TYPE(tensor);
+    slots_ = {type, slot_offset(type, "_local_tensor"), slot_offset(type, "_spec")};
+  }
+  const Py_ssize_t offset = slots_.*slot;
+  if (offset < 0) return nullptr;
+  return *reinterpret_cast<PyObject**>(reinterpret_cast<char*>(tensor) + offset);
+}
+
+// The local tensor of a DTensor, borrowed; null, with Python's exception set, where it is none.
+PyObject* ParameterList::local(PyObject* tensor) {
+  PyObject* found = read_slot(tensor, &Slots::local);
+  if (found == nullptr) {
+    PyErr_SetString(PyExc_TypeError, "it is no DTensor");
+    return nullptr;
+  }
+  // Another type may be one that a collective is still writing.
+  if (reinterpret_cast<PyObject*>(Py_TYPE(found)) != registration_.tensor_type.ptr()) {
+    temporaries_.append(registration_.to_local(py::handle(tensor)));
+    found = item(temporaries_, temporaries_.size() - 1);
+  }
+  return found;
+}
+
+bool ParameterList::view_local(PyObject* tensor, bool sharded, dlpack::Tensor& out) {
+  if (sharded) tensor = local(tensor);
+  return tensor != nullptr && view(tensor, out);
+}
+
+// The local tensor of a gradient that lies as its parameter does, borrowed.
+PyObject* ParameterList::local_gradient(Entry& entry, PyObject* grad) {
+  PyObject* spec = read_slot(grad, &Slots::spec);
+  if (spec == nullptr || spec != entry.spec) {
+    const py::object differ = registration_.mismatch(py::handle(entry.param), py::handle(grad));
+    if (!differ.is_none()) fail(PyExc_ValueError, entry, py::str(differ));
+    entry.spec = spec;
+    specs_[static_cast<std::size_t>(&entry - entries_.data())] = py::handle(spec);
+  }
+  PyObject* found = local(grad);
+  if (found == nullptr) throw py::error_already_set();
+  return found;
 }
 
 void ParameterList::let_go() {
@@ -83,12 +149,16 @@ void ParameterList::register_entry(std::size_t i) {
 
   PyObject* param = item(registration_.params, i);
   entry.param = param;
+  entry.sharded = registration_.sharded[i].cast<bool>();
+  entry.origin = registration_.origins[i].cast<std::int64_t>();
+  entry.norm_class = registration_.classes[i].cast<int>();
+  classes_ = std::max(classes_, entry.norm_class + 1);
   if (!entry.active) {
     entry.gradient = gradient_reader(param);
     return;
   }
   dlpack::Tensor tensor;
-  if (!view(param, tensor)) refuse(PyExc_RuntimeError, entry, "is ", param);
+  if (!view_local(param, entry.sharded, tensor)) refuse(PyExc_RuntimeError, entry, "is ", param);
   if (!to_dtype(tensor.dtype, entry.dtype)) {
     fail(PyExc_TypeError, entry,
          "has dtype " + dtype_name(param) + "; accepted: float32, bfloat16, float16");
@@ -118,16 +188,16 @@ void ParameterList::register_state(Entry& entry, std::size_t i, py::dict state) 
   const bool is_coded = !scales.empty();
   entry.states_by_name = state.ptr();
   dlpack::Tensor tensor;
-  const auto read = [&](const std::string& name) {
+  const auto read = [&](const std::string& name, bool sharded) {
     PyObject* value = PyDict_GetItemString(state.ptr(), name.c_str());
     if (value == nullptr) fail(PyExc_ValueError, entry, "has no '" + name + "' in its state");
-    if (!view(value, tensor))
+    if (!view_local(value, sharded, tensor))
       refuse(PyExc_TypeError, entry, "has a state '" + name + "' that is ", value);
     return value;
   };
 
   const auto read_here = [&](const std::string& name) {
-    PyObject* value = read(name);
+    PyObject* value = read(name, entry.sharded);
     if (!(tensor.device == entry.device)) {
       fail(PyExc_RuntimeError, entry,
            "is on " + device_name(entry.device) + ", its state '" + name + "' on " +
@@ -156,7 +226,7 @@ void ParameterList::register_state(Entry& entry, std::size_t i, py::dict state) 
                  "; accepted: the same, since blocks of codes lie in the order of memory");
       }
       state[key] = registration_.restride(py::handle(value), py::handle(entry.param));
-      value = read(name);
+      value = read(name, entry.sharded);
     }
     keep(value);
     return StateMemory<void>{value, address(tensor)};
@@ -177,8 +247,9 @@ void ParameterList::register_state(Entry& entry, std::size_t i, py::dict state) 
       const std::string name = py::str(scales[static_cast<std::size_t>(k)]);
       PyObject* value = read_here(name);
       const std::int64_t blocks = (entry.numel + kCodeBlock - 1) / kCodeBlock;
-      if (!is_float(tensor.dtype, 32) || tensor.ndim != 1 || tensor.shape[0] != blocks ||
-          (blocks > 1 && tensor.strides[0] != 1)) {
+      // In the shape of a DTensor: [note: sharded codes] in fused_adamw/precision.py.
+      if (!is_float(tensor.dtype, 32) || !(entry.sharded || tensor.ndim == 1) ||
+          count_elements(tensor.ndim, tensor.shape) != blocks || !is_contiguous(tensor)) {
         fail(PyExc_ValueError, entry,
              "has a state '" + name + "' of dtype " + dtype_name(value) + " and shape " +
                  shape_name(tensor.ndim, tensor.shape) +
@@ -219,7 +290,7 @@ void ParameterList::register_state(Entry& entry, std::size_t i, py::dict state) 
   }
 
   const auto read_scalar = [&](const std::string& name, int bits) {
-    PyObject* value = read(name);
+    PyObject* value = read(name, false);
     const bool at_home = registration_.on_device ? tensor.device == entry.device
                                                  : tensor.device.type == dlpack::kCpu;
     if (!at_home || count_elements(tensor.ndim, tensor.shape) != 1 ||
@@ -316,6 +387,7 @@ bool ParameterList::gather(const std::vector<const Hyperparameters*>& groups,
   updated_.clear();
   routes_.clear();
   chunks_ = 0;
+  groups_ = static_cast<int>(groups.size());
   chunk_runs_.clear();
   for (const auto& bucket : buckets_) {
     bucket->tensors.clear();
@@ -338,9 +410,10 @@ bool ParameterList::gather(const std::vector<const Hyperparameters*>& groups,
     if (!entry.active || !unchanged(entry)) return false;
     // torch's own attribute holds the gradient; any other may hand out a tensor of the moment.
     if (!grads && !entry.gradient.get) temporaries_.append(grad);
+    PyObject* own_grad = entry.sharded ? local_gradient(entry, grad.ptr()) : grad.ptr();
 
     Dtype grad_dtype;
-    void* grad_memory = read_gradient(entry, grad.ptr(), grad_dtype);
+    void* grad_memory = read_gradient(entry, own_grad, grad_dtype);
     if (!entry.has_state || !states_unchanged(entry, is_state_held)) return false;
     if (grad_memory != entry.checked_grad || grad_dtype != entry.checked_grad_dtype) {
       check_gradient_memory(entry, grad_memory, grad_dtype);
@@ -368,7 +441,7 @@ bool ParameterList::gather(const std::vector<const Hyperparameters*>& groups,
     tensor.beside = entry.beside.memory;
     for (int k = 0; k < kMaxStates; ++k) tensor.scale[k] = entry.scale[k].memory;
     tensor.key = entry.key;
-    tensor.offset = 0;
+    tensor.offset = entry.origin;
     tensor.numel = entry.numel;
     tensor.row = registration_.on_device ? static_cast<std::int32_t>(i) : route->row;
     tensor.chunk = chunks_;
@@ -378,8 +451,9 @@ bool ParameterList::gather(const std::vector<const Hyperparameters*>& groups,
     route->bucket->numel += entry.numel;
     updated_.emplace_back(i, route);
     count_chunks(entry);
-    if (options.zero_grads) zeroed_.append(grad);
+    if (options.zero_grads) zeroed_.append(py::handle(own_grad));
   }
+  if (classes_ > 1) order_chunks();
   if (options.zero_grads) check_gradients_disjoint();
   return true;
 }
@@ -397,11 +471,45 @@ void ParameterList::check_codes(const Entry& entry, const std::vector<StateKind>
 
 void ParameterList::count_chunks(const Entry& entry) {
   const std::int64_t count = chunks_of(entry.numel);
-  if (chunk_runs_.empty() || chunk_runs_.back().group != entry.group) {
-    chunk_runs_.push_back({entry.group, chunks_, 0});
+  const std::int64_t row = entry.norm_class * groups_ + entry.group;
+  if (chunk_runs_.empty() || chunk_runs_.back().row != row) {
+    chunk_runs_.push_back({row, chunks_, 0});
   }
   chunk_runs_.back().count += count;
   chunks_ += count;
+}
+
+// Numbers the chunks anew, row after row.
+void ParameterList::order_chunks() {
+  std::vector<std::int64_t> shift;  // of each run
+  std::vector<std::size_t> order(chunk_runs_.size());
+  std::iota(order.begin(), order.end(), std::size_t{0});
+  std::stable_sort(order.begin(), order.end(), [&](std::size_t x, std::size_t y) {
+    return chunk_runs_[x].row < chunk_runs_[y].row;
+  });
+  shift.resize(order.size());
+  std::int64_t begin = 0;
+  std::vector<ChunkRun> ordered;
+  for (const std::size_t i : order) {
+    const ChunkRun& run = chunk_runs_[i];
+    shift[i] = begin - run.begin;
+    ordered.push_back({run.row, begin, run.count});
+    begin += run.count;
+  }
+  std::map<const Bucket*, std::size_t> next;
+  std::size_t run = 0;
+  std::int64_t counted = 0;  // of the run
+  for (const auto& [i, route] : updated_) {
+    const std::int64_t count = chunks_of(entries_[i].numel);
+    const std::int64_t row = entries_[i].norm_class * groups_ + entries_[i].group;
+    while (chunk_runs_[run].row != row || counted + count > chunk_runs_[run].count) {
+      ++run;
+      counted = 0;
+    }
+    route->bucket->tensors[next[route->bucket]++].chunk += shift[run];
+    counted += count;
+  }
+  chunk_runs_ = std::move(ordered);
 }
 
 // A NaN is made the usual one: another's payload could round to a number, see [note: pairs].
@@ -541,16 +649,17 @@ void* ParameterList::read_gradient(const Entry& entry, PyObject* grad, Dtype& dt
       check_gradient_memory(entry, address(tensor), dtype);  // the copy's is checked by the caller
       restrided_.append(py::handle(grad));
     }
-    const py::object copy = registration_.restride(py::handle(grad), py::handle(entry.param));
+    PyObject* like = entry.sharded ? local(entry.param) : entry.param;
+    const py::object copy = registration_.restride(py::handle(grad), py::handle(like));
     if (!view(copy.ptr(), tensor)) throw py::error_already_set();
     temporaries_.append(copy);
   }
   return address(tensor);
 }
 
-bool ParameterList::unchanged(const Entry& entry) const {
+bool ParameterList::unchanged(const Entry& entry) {
   dlpack::Tensor tensor;
-  if (!view(entry.param, tensor)) {
+  if (!view_local(entry.param, entry.sharded, tensor)) {
     PyErr_Clear();
     return false;
   }
@@ -560,23 +669,24 @@ bool ParameterList::unchanged(const Entry& entry) const {
          same_strides(entry, tensor);
 }
 
-bool ParameterList::states_unchanged(const Entry& entry, bool is_held) const {
+bool ParameterList::states_unchanged(const Entry& entry, bool is_held) {
   // A dict of states is referred to by the optimizer's state, the member and registration_; a
   // tensor by the dict and kept_.
   constexpr Py_ssize_t kOfDict = 3, kOfTensor = 2;
   is_held = is_held || Py_REFCNT(entry.states_by_name) > kOfDict;
-  const auto same = [is_held](const auto& state) {
+  const auto same = [&](const auto& state, bool sharded) {
     if (state.object == nullptr) return true;
     if (!is_held && Py_REFCNT(state.object) <= kOfTensor) return true;
     dlpack::Tensor tensor;
-    if (view(state.object, tensor)) return address(tensor) == state.memory;
+    if (view_local(state.object, sharded, tensor)) return address(tensor) == state.memory;
     PyErr_Clear();
     return false;
   };
   for (int k = 0; k < entry.states; ++k) {
-    if (!same(entry.state[k]) || !same(entry.scale[k])) return false;
+    if (!same(entry.state[k], entry.sharded) || !same(entry.scale[k], entry.sharded)) return false;
   }
-  return same(entry.step) && same(entry.scalar) && same(entry.ema) && same(entry.beside);
+  return same(entry.step, false) && same(entry.scalar, false) && same(entry.ema, entry.sharded) &&
+         same(entry.beside, entry.sharded);
 }
 
 bool ParameterList::same_shape(const Entry& entry, const dlpack::Tensor& tensor) const {
@@ -637,7 +747,10 @@ int ParameterList::traverse(visitproc visit, void* arg) const {
   Py_VISIT(registration_.states.ptr());
   Py_VISIT(registration_.restride.ptr());
   Py_VISIT(registration_.increment_version.ptr());
+  Py_VISIT(registration_.to_local.ptr());
+  Py_VISIT(registration_.mismatch.ptr());
   Py_VISIT(kept_.ptr());
+  Py_VISIT(specs_.ptr());
   Py_VISIT(temporaries_.ptr());
   Py_VISIT(zeroed_.ptr());
   Py_VISIT(restrided_.ptr());

@@ -38,8 +38,14 @@ struct Registration {
   py::list active;      // whether it can have a gradient; what cannot may be of any kind
   py::list groups;      // index of its param group
   py::list labels;      // how messages call it: "parameter 3 ('head.weight')"
+  py::list sharded;     // whether it is a DTensor, whose local shard is stepped: [note: shards]
+  py::list origins;     // index of its first element in the whole tensor
+  py::list classes;     // of the parameters whose squares are summed over the same ranks, from 0
   bool on_device;       // whether counts and scalars are beside their parameter on its device
   py::object restride;  // (tensor, like) -> a copy of tensor with the strides of like
+  py::object to_local;  // (DTensor) -> its local tensor, once that is complete
+  py::object mismatch;  // (parameter, gradient) -> how their placements differ, or None
+  py::object tensor_type;
   py::object increment_version;  // (list of tensors) -> None
 };
 
@@ -56,9 +62,10 @@ struct StepOptions {
   std::vector<std::int64_t> steps;  // taken by each param group, where anything is drawn
 };
 
-// Chunks [begin, begin + count) of the list, of one param group.
+// Chunks [begin, begin + count) of the list, of one row: of one class and param group. A class has
+// a row for each param group, and the chunks of a class follow one another.
 struct ChunkRun {
-  std::int64_t group, begin, count;
+  std::int64_t row, begin, count;
 };
 
 // A state's memory, and the object whose it was.
@@ -89,7 +96,7 @@ class ParameterList {
               const std::optional<py::list>& grads, bool is_state_held, const StepOptions& options);
 
   // Of the gradients that gather() found: the number of their chunks ([note: square sums]), those
-  // of each group, and with zero_grads the tensors, and which of them were read as copies.
+  // of each row, and with zero_grads the tensors, and which of them were read as copies.
   std::int64_t chunks() const { return chunks_; }
   const std::vector<ChunkRun>& chunk_runs() const { return chunk_runs_; }
   py::list zeroed() const { return zeroed_; }
@@ -138,6 +145,10 @@ class ParameterList {
     bool stochastic;
     std::uint64_t key;
     PyObject* param;
+    bool sharded;
+    std::int64_t origin;
+    int norm_class;
+    PyObject* spec;  // of the gradient that was last found to lie as the parameter does
     void* data;
     bool active;
     PyObject* states_by_name;  // the dict of the following
@@ -152,6 +163,12 @@ class ParameterList {
     bool unaveraged;
     const void* checked_grad;  // the gradient's memory when it was last found to be its own
     Dtype checked_grad_dtype;
+  };
+
+  // Where a type of DTensors has its slots.
+  struct Slots {
+    PyTypeObject* type;
+    Py_ssize_t local, spec;
   };
 
   // Memory that a step writes.
@@ -185,10 +202,14 @@ class ParameterList {
   void register_state(Entry& entry, std::size_t i, py::dict state);
   void keep(PyObject* state);
   void hold();
+  PyObject* read_slot(PyObject* tensor, Py_ssize_t Slots::* slot);
+  PyObject* local(PyObject* tensor);
+  bool view_local(PyObject* tensor, bool sharded, dlpack::Tensor& out);
+  PyObject* local_gradient(Entry& entry, PyObject* grad);
   bool same_shape(const Entry& entry, const dlpack::Tensor& tensor) const;
   bool same_strides(const Entry& entry, const dlpack::Tensor& tensor) const;
-  bool unchanged(const Entry& entry) const;
-  bool states_unchanged(const Entry& entry, bool is_held) const;
+  bool unchanged(const Entry& entry);
+  bool states_unchanged(const Entry& entry, bool is_held);
   static void prefetch(const Entry& entry);
   Position position(const Entry& entry) const;
   void* read_gradient(const Entry& entry, PyObject* grad, Dtype& dtype);
@@ -198,6 +219,7 @@ class ParameterList {
   static std::int32_t share_last_row(Bucket& bucket);
   void check_codes(const Entry& entry, const std::vector<StateKind>& kinds) const;
   void count_chunks(const Entry& entry);
+  void order_chunks();
   void check_gradient_memory(const Entry& entry, const void* grad, Dtype dtype) const;
   void check_overlaps();
   void check_gradients_disjoint();
@@ -213,6 +235,7 @@ class ParameterList {
   std::vector<std::uintptr_t> snapshot_;
   std::vector<dlpack::ManagedTensor*> held_;
   py::list kept_;              // every state, so that its object outlives what points to it
+  py::list specs_;             // of each parameter's gradient, as Entry::spec
   std::vector<Range> ranges_;  // sorted
 
   // Of the current step.
@@ -224,6 +247,9 @@ class ParameterList {
   py::list zeroed_, restrided_;
   std::int64_t chunks_ = 0;
   std::vector<ChunkRun> chunk_runs_;
+  int classes_ = 1;
+  int groups_ = 0;
+  Slots slots_{};                // of the type that was read last
   std::vector<Range> disjoint_;  // gradients that were last found not to overlap
 };
 

@@ -74,6 +74,15 @@ bool is_dense(int ndim, const std::int64_t* shape, const std::int64_t* strides) 
   return true;
 }
 
+bool is_contiguous(const dlpack::Tensor& tensor) {
+  std::int64_t expected = 1;
+  for (int i = tensor.ndim - 1; i >= 0; --i) {
+    if (tensor.shape[i] > 1 && tensor.strides[i] != expected) return false;
+    expected *= tensor.shape[i];
+  }
+  return true;
+}
+
 bool view(PyObject* object, dlpack::Tensor& out) {
   if (exchange_api->tensor_from_object(object, &out) != 0) return false;
   if (out.data != nullptr || count_elements(out.ndim, out.shape) == 0) return true;

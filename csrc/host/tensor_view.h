@@ -36,6 +36,7 @@ inline void* address(const dlpack::Tensor& tensor) {
 std::int64_t count_elements(int ndim, const std::int64_t* shape);
 // Whether the elements fill one block of memory without gaps or overlap, in whatever order.
 bool is_dense(int ndim, const std::int64_t* shape, const std::int64_t* strides);
+bool is_contiguous(const dlpack::Tensor& tensor);
 // False if the dtype is none that a rule can work on.
 bool to_dtype(dlpack::DataType dtype, Dtype& out);
 

@@ -1,0 +1,211 @@
+"""DTensors as a step sees them: local shards, and where they lie in the whole tensor.
+
+torch.distributed.tensor is imported only where somebody else has: without it there is no DTensor.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any, NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor
+
+ProcessGroup: TypeAlias = Any  # torch.distributed may be absent
+
+
+def is_sharded(tensor: object) -> bool:
+    """Whether a tensor is a DTensor, of which this rank has a local tensor."""
+    if type(tensor) is Tensor or type(tensor) is torch.nn.Parameter:
+        return False
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(tensor, module.DTensor)
+
+
+@torch.no_grad()
+def to_local(tensor: Any) -> Tensor:
+    """A DTensor's local tensor, once the collective that makes it is complete."""
+    local: Any = tensor.to_local()
+    return local.wait() if hasattr(local, "wait") else local  # type: ignore[no-any-return]
+
+
+def local_of(tensor: Tensor) -> Tensor:
+    """What of a tensor is in this rank's memory: it itself, or a DTensor's local tensor."""
+    return to_local(tensor) if is_sharded(tensor) else tensor
+
+
+def wrapped(local: Tensor, like: Any, shape: torch.Size | None = None) -> Tensor:
+    """A DTensor of a local tensor, or that itself where ``like`` is no DTensor.
+
+    Args:
+        local: this rank's part.
+        like: gives mesh and placements.
+        shape: of the whole, row-major; by default shape and strides of ``like``.
+    """
+    if not is_sharded(like):
+        return local
+    from torch.distributed.tensor import DTensor
+
+    return DTensor.from_local(
+        local,
+        like.device_mesh,
+        like.placements,
+        run_check=False,
+        shape=like.shape if shape is None else shape,
+        stride=like.stride() if shape is None else row_major(shape),
+    )
+
+
+def sliced(whole: Tensor, like: Any) -> Tensor:
+    """A DTensor of values that this rank has all of, without communication.
+
+    Args:
+        whole: row-major.
+        like: gives mesh and placements.
+    """
+    from torch.distributed.tensor import distribute_tensor
+
+    mesh, placements = like.device_mesh, like.placements
+    found: Tensor = distribute_tensor(whole.detach(), mesh, placements, src_data_rank=None)
+    return found
+
+
+def row_major(shape: torch.Size) -> tuple[int, ...]:
+    """Strides of dense memory whose last dimension is innermost."""
+    strides = [1]
+    for size in reversed(shape[1:]):
+        strides.append(strides[-1] * max(size, 1))
+    return tuple(reversed(strides)) if len(shape) else ()
+
+
+def same_layout(x: Any, y: Any) -> bool:
+    """Whether two DTensors are spread alike over the same mesh."""
+    return bool(x.device_mesh == y.device_mesh and tuple(x.placements) == tuple(y.placements))
+
+
+def placements_name(tensor: Any) -> str:
+    """How messages call the placements of a tensor: "(Shard(dim=0),) on a mesh of shape (4,)"."""
+    if not is_sharded(tensor):
+        return f"none (a plain {type(tensor).__name__})"
+    return f"{tuple(tensor.placements)} on a mesh of shape {tuple(tensor.device_mesh.shape)}"
+
+
+def mismatch(param: Any, grad: Any) -> str | None:
+    """How a gradient lies otherwise than its DTensor parameter, as the rest of a sentence."""
+    if is_sharded(grad) and same_layout(param, grad):
+        return None
+    return (
+        f"has placements {placements_name(param)}, its gradient {placements_name(grad)}; accepted: "
+        "a gradient with the parameter's, as grad.redistribute(mesh, placements) makes it"
+    )
+
+
+def refuse_placements(param: Any) -> None:
+    """Refuses a DTensor parameter whose ranks do not hold its elements themselves.
+
+    Raises:
+        ValueError: a placement that is neither Shard nor Replicate.
+    """
+    if not is_sharded(param):
+        return
+    for placement in param.placements:
+        if placement.is_partial():
+            raise ValueError(
+                f"placements: found {placements_name(param)}, accepted: Shard and Replicate"
+            )
+
+
+def split_for_blocks(param: Any, block: int) -> int | None:
+    """The dimension from which on the elements of a DTensor are cut into blocks, if they can be.
+
+    With the dimensions from it on as one of blocks, the tensor of something that there is one of
+    for each block has the parameter's own placements: [note: sharded codes] in precision.py.
+
+    Args:
+        param: a DTensor.
+        block: elements in a block, which follow each other in row-major order.
+    """
+    shape = param.shape
+    if not param.numel() or tuple(param.stride()) != row_major(shape):
+        return None
+    inner, split = 1, len(shape)
+    while split > 0 and (inner % block or split == len(shape)):
+        split -= 1
+        inner *= shape[split]
+    if inner % block or split == len(shape):
+        return None
+    parts, axes = 1, 0
+    for axis, placement in enumerate(param.placements):
+        dim = getattr(placement, "dim", None)
+        if dim is not None and dim > split:
+            return None
+        if dim == split:
+            parts *= param.device_mesh.size(axis)
+            axes += 1
+    size, row = shape[split], inner // shape[split]
+    chunk = -(-size // parts)  # of one rank
+    if axes > 1 and (size % parts or inner // block % parts):
+        return None
+    return split if chunk * row == -(-inner // block // parts) * block else None
+
+
+def block_shape(shape: torch.Size, split: int, block: int) -> torch.Size:
+    """The shape of what there is one of for each block; see `split_for_blocks`."""
+    inner = 1
+    for size in shape[split:]:
+        inner *= size
+    return torch.Size((*shape[:split], inner // block))
+
+
+class Extent(NamedTuple):
+    """Where the elements of a shard are among all in row-major order.
+
+    Element i of the shard, in row-major order itself, is number ``origin + i`` of the whole where
+    ``is_run``; otherwise there is no such rule.
+    """
+
+    origin: int
+    is_run: bool
+
+
+def extent_of(param: Any) -> Extent:
+    """Where this rank's elements of a parameter are in the whole."""
+    if not is_sharded(param):
+        return Extent(0, True)
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    shape, mesh, placements = param.shape, param.device_mesh, param.placements
+    local, offsets = compute_local_shape_and_global_offset(shape, mesh, placements)
+    if 0 in local or not offsets:
+        return Extent(0, True)
+    origin = sum(map(int.__mul__, offsets, row_major(shape)))
+    outer = [dim for dim, size in enumerate(shape) if size > 1][:1]  # whose rows are runs
+    for dim in range(len(shape)):
+        shares = [
+            (mesh.size(axis), placement)
+            for axis, placement in enumerate(placements)
+            if getattr(placement, "dim", None) == dim
+        ]
+        parts = 1
+        for size, _ in shares:
+            parts *= size
+        cut = local[dim] != shape[dim]
+        uneven = len(shares) > 1 and shape[dim] % parts != 0  # maybe cut in a stride
+        if cut and (uneven or dim not in outer):
+            return Extent(origin, False)
+    return Extent(origin, True)
+
+
+def shard_groups(param: Any) -> tuple[list[ProcessGroup], list[ProcessGroup]]:
+    """The process groups of a parameter's mesh, and of them those over which it is sharded.
+
+    Those of one rank are left out.
+    """
+    if not is_sharded(param):
+        return [], []
+    mesh = param.device_mesh
+    if mesh.get_coordinate() is None:  # the parameter is on other ranks
+        return [], []
+    groups = [(mesh.get_group(axis), axis) for axis in range(mesh.ndim) if mesh.size(axis) > 1]
+    shards = [group for group, axis in groups if not param.placements[axis].is_replicate()]
+    return [group for group, _ in groups], shards

@@ -1,0 +1,222 @@
+"""Norms over shards of every mesh, and decisions that all ranks take alike."""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+from typing import Any
+
+import on_ranks
+import pytest
+import torch
+from sharded_training import F32, LOUD, Pair, drawn, spread
+from test_sharded_step import Net, placed
+from torch import distributed, nn
+from torch.distributed.tensor import Replicate, Shard, init_device_mesh
+
+from fused_adamw import FusedAdamW
+
+pytestmark = on_ranks.needs_gloo
+
+ENGINES: list[dict[str, Any]] = [{}, {"engine": "cuda-on-host", "capturable": True}]
+
+
+def norms_over_every_placement(rank: int) -> list[tuple[float, float, float]]:
+    """Ours, torch's of the whole tensors, and torch's of each DTensor together."""
+    found = []
+    meshes: list[Any] = [*placed(), (None, [])]
+    for engine in ENGINES:
+        pair = Pair(
+            partial(FusedAdamW, **LOUD, max_grad_norm=0.5, **engine),
+            [(5 + i, 7) for i in range(len(meshes))],
+            F32,
+            meshes,
+        )
+        for step in range(2):
+            pair.set_grads(step)
+            norm = torch.nn.utils.get_total_norm([param.grad for param in pair.whole])
+            norms = [torch.nn.utils.get_total_norm([param.grad]) for param in pair.params]
+            theirs = math.hypot(*(float(getattr(x, "full_tensor", x.clone)()) for x in norms))
+            pair.optimizer.step()
+            found.append((pair.optimizer.grad_norm.item(), norm.item(), theirs))
+    return found
+
+
+def test_norms_over_every_placement() -> None:
+    """They are the same bits on every rank and engine, and torch's within its own rounding."""
+    ranks = on_ranks.run(norms_over_every_placement, 4)
+    assert all(rank == ranks[0] for rank in ranks)
+    host, device = ranks[0][:2], ranks[0][2:]
+    assert [ours for ours, _, _ in host] == [ours for ours, _, _ in device]
+    for ours, whole, theirs in ranks[0]:
+        assert ours == pytest.approx(whole, rel=1e-6)
+        assert ours == pytest.approx(theirs, rel=1e-6)
+
+
+def clipped_beside_torch(rank: int, is_grid: bool) -> list[tuple[float, float]]:
+    """Of FSDP2's gradients, the norm by this library and by ``clip_grad_norm_``."""
+    from torch.distributed.fsdp import fully_shard
+
+    shape, names = ((2, 2), ("replicas", "shards")) if is_grid else ((4,), ("shards",))
+    mesh = init_device_mesh("cpu", shape, mesh_dim_names=names)
+    net = Net(F32)
+    fully_shard(net, mesh=mesh)
+    optimizer = FusedAdamW(net.parameters(), lr=0.1, max_grad_norm=0.5)
+    found = []
+    for step in range(3):
+        torch.manual_seed(4 * step + rank)
+        net(torch.randn(4, 16)).square().sum().backward()
+        copies = [nn.Parameter(param.detach().clone()) for param in net.parameters()]
+        for copied, param in zip(copies, net.parameters(), strict=True):
+            copied.grad = param.grad.clone()
+        theirs = torch.nn.utils.clip_grad_norm_(copies, 0.5)
+        optimizer.step()
+        optimizer.zero_grad()
+        found.append((optimizer.grad_norm.item(), theirs.full_tensor().item()))
+    return found
+
+
+@pytest.mark.parametrize("is_grid", [False, True], ids=["shards", "replicas of shards"])
+def test_norms_are_those_of_clip_grad_norm(is_grid: bool) -> None:
+    ranks = on_ranks.run(clipped_beside_torch, 4, is_grid)
+    for ours, theirs in ranks[0]:
+        assert ours == pytest.approx(theirs, rel=1e-6)
+    assert all(rank == ranks[0] for rank in ranks)
+
+
+def overflow_on_one_rank(rank: int, options: dict[str, Any], how: str) -> list[Any]:
+    """An overflow in the second of three steps, seen by the last rank alone."""
+    mesh = init_device_mesh("cpu", (2, 2))
+    meshes: list[Any] = [(mesh, [Shard(0), Replicate()]), (mesh, [Shard(0), Shard(1)]), (None, [])]
+    pair = Pair(
+        partial(FusedAdamW, **LOUD, ema_decay=0.9, **options),
+        [(8, 6), (4, 4), (3,)],
+        F32,
+        meshes,
+    )
+    is_last = rank == 3
+    found: list[Any] = []
+    for step in range(3):
+        pair.set_grads(step)
+        if how == "flag":
+            pair.optimizer.found_inf = torch.tensor(float(is_last and step == 1))
+        elif step == 1 and is_last:
+            pair.params[1].grad.to_local()[0, 0] = math.inf
+        pair.optimizer.step()
+        if step != 1:
+            pair.reference.step()
+        found.append(pair.differences())
+    return [*found, int(pair.optimizer.param_groups[0]["schedule_step"])]
+
+
+@pytest.mark.parametrize("engine", ENGINES, ids=["host", "device"])
+@pytest.mark.parametrize(
+    ("options", "how"),
+    [
+        ({}, "flag"),
+        ({"skip_nonfinite": True}, "flag"),
+        ({"skip_nonfinite": True}, "gradient"),
+        ({"max_grad_norm": 1e9, "skip_nonfinite": True}, "gradient"),
+    ],
+)
+def test_an_overflow_on_one_rank_skips_the_step_on_all(
+    options: dict[str, Any], how: str, engine: dict[str, Any]
+) -> None:
+    found = on_ranks.run(overflow_on_one_rank, 4, {**options, **engine}, how)
+    assert found == [[[], [], [], 2]] * 4
+
+
+def scaled(rank: int) -> list[Any]:
+    """torch's scaler around FSDP2, with a gradient that overflows in one rank's shard."""
+    from torch.distributed.fsdp import fully_shard
+
+    net = Net(F32)
+    fully_shard(net, mesh=init_device_mesh("cpu", (2,)))
+    optimizer = FusedAdamW(net.parameters(), lr=0.1)
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    found = []
+    for step in range(3):
+        torch.manual_seed(step)
+        scaler.scale(net(torch.randn(4, 16)).sum()).backward()
+        if step == 1 and rank == 1:
+            net.first.weight.grad.to_local()[0, 0] = math.inf
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        found.append(
+            [torch.tensor(scaler.get_scale()), *(p.full_tensor() for p in net.parameters())]
+        )
+    return found
+
+
+def test_grad_scaler() -> None:
+    first, second = on_ranks.run(scaled, 2)
+    for mine, theirs in zip(first, second, strict=True):
+        assert all(map(torch.equal, mine, theirs))
+    assert [float(step[0]) for step in first] == [8.0, 4.0, 4.0]
+    assert all(map(torch.equal, first[0][1:], first[1][1:]))  # skipped on both
+    assert not any(map(torch.equal, first[1][1:], first[2][1:]))
+
+
+def telemetry_of_shards(rank: int) -> list[Any]:
+    """Of classes that alternate in the list, what each param group's shards add up to."""
+    mesh = init_device_mesh("cpu", (2,))
+    shapes = [(40, 600), (3,), (7, 600), (5,), (2, 2), (9, 4)]
+    grads, values = drawn(shapes, F32, 5), drawn(shapes, F32, 6)
+    placements = [Shard(0), Replicate(), Shard(0), Replicate(), Shard(0), Replicate()]
+    params = [
+        nn.Parameter(spread(value, mesh, [placement]))
+        for value, placement in zip(values, placements, strict=True)
+    ]
+    for param, grad in zip(params, grads, strict=True):
+        param.grad = spread(grad, mesh, param.placements)
+    groups = [{"params": params[:3]}, {"params": params[3:]}]
+    optimizer = FusedAdamW(groups, telemetry=True, max_grad_norm=1.0)
+    optimizer.step()
+    local = [
+        math.sqrt(sum(float(p.grad.to_local().double().square().sum()) for p in group["params"]))
+        for group in groups
+    ]
+    total = math.sqrt(sum(float(grad.double().square().sum()) for grad in grads))
+    return [[x.grad_norm for x in optimizer.telemetry()], local, optimizer.grad_norm.item(), total]
+
+
+def test_telemetry_and_norm_of_classes_that_alternate() -> None:
+    for observed, local, norm, total in on_ranks.run(telemetry_of_shards, 2):
+        assert observed == pytest.approx(local, rel=1e-6)
+        assert norm == pytest.approx(total, rel=1e-6)
+
+
+def meetings(rank: int) -> list[int]:
+    """How many collectives steps hold: the first, later ones, one with the norm."""
+    calls: list[Any] = []
+    all_reduce = distributed.all_reduce
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        calls.append(args)
+        return all_reduce(*args, **kwargs)
+
+    distributed.all_reduce = counted
+    mesh = init_device_mesh("cpu", (2, 2))
+    pair = Pair(
+        partial(FusedAdamW, **LOUD),
+        [(8, 6), (4, 4), (3,)],
+        F32,
+        [(mesh, [Shard(0), Replicate()]), (mesh, [Shard(0), Shard(1)]), (None, [])],
+    )
+    found = []
+    for step in range(4):
+        calls.clear()
+        pair.set_grads(step)
+        if step == 2:
+            pair.optimizer.max_grad_norm = 1.0
+        pair.optimizer.step()
+        found.append(len(calls))
+    return found
+
+
+def test_ranks_meet_only_where_a_step_depends_on_all() -> None:
+    """Then once for each process group; and at the first step, to compare their param groups."""
+    for first, second, third, fourth in on_ranks.run(meetings, 4):
+        assert first > 0
+        assert (second, third, fourth) == (0, 2, 2)

@@ -1,0 +1,254 @@
+"""A step over shards is bit for bit the step over the whole."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import on_ranks
+import pytest
+import torch
+from sharded_training import DRAWING, F32, FORMATS, LOUD, RULES, Pair
+from torch import Tensor, nn
+from torch.distributed.tensor import (
+    DeviceMesh,
+    DTensor,
+    Placement,
+    Replicate,
+    Shard,
+    init_device_mesh,
+)
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fused_adamw import FusedAdamW, FusedSGD
+
+pytestmark = on_ranks.needs_gloo
+
+# Large enough to be coded, in ragged shards and on two ranks of four; small; with empty shards.
+SHAPES = [(70, 64), (2, 2048), (5, 3), (3,), (1, 7), (0, 4)]
+
+
+def on_rows(rank: int, one_in: int) -> list[str]:
+    """One in so many pairs of rule and format, sharded by rows; returns what differs."""
+    mesh = init_device_mesh("cpu", (torch.distributed.get_world_size(),))
+    found = []
+    for i, (name, (options, dtype)) in enumerate({**FORMATS, **DRAWING}.items()):
+        for cls, hyperparameters in RULES[i % one_in :: one_in]:
+            pair = Pair(
+                lambda params, c=cls, h=hyperparameters, o=options: c(params, **h, **o),
+                SHAPES,
+                dtype,
+                [(mesh, [Shard(0)])] * len(SHAPES),
+            )
+            for step in range(2):
+                pair.step(step)
+            found += [f"{cls.__name__} {name}: {what}" for what in pair.differences()]
+    return found
+
+
+@pytest.mark.parametrize(("ranks", "one_in"), [(1, 5), (2, 1), (4, 3)])
+def test_every_rule_and_format_in_shards_of_rows(ranks: int, one_in: int) -> None:
+    assert on_ranks.run(on_rows, ranks, one_in) == [[]] * ranks
+
+
+def placed() -> list[tuple[DeviceMesh, list[Placement]]]:
+    """Every way of four ranks over two dimensions of a tensor."""
+    grid = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
+    line = init_device_mesh("cpu", (4,))
+    each: list[Placement] = [Shard(0), Shard(1), Replicate()]
+    return [
+        *((grid, [x, y]) for x in each for y in each),
+        *((line, [x]) for x in each),
+        *((grid["tp"], [x]) for x in each),
+    ]
+
+
+def on_every_placement(rank: int) -> list[str]:
+    """Parameters of all placements, and plain ones, in one group."""
+    found = []
+    for name, (options, dtype) in FORMATS.items():
+        meshes: list[Any] = [*placed(), (None, [])]
+        # 256 columns so that shards of columns are of whole blocks; and a ragged one.
+        for shape in [(24, 256), (7, 9)]:
+            pair = Pair(
+                lambda params, o=options: FusedAdamW(params, **LOUD, ema_decay=0.5, **o),
+                [shape] * len(meshes),
+                dtype,
+                meshes,
+            )
+            for step in range(3):
+                pair.step(step)
+            buckets = pair.optimizer._registered.native.buckets()
+            found += [f"{name} {shape}: {what}" for what in pair.differences()]
+            if len(buckets) != 1:
+                found.append(f"{name} {shape}: {len(buckets)} launches")
+    return found
+
+
+def test_every_placement_and_plain_tensors_in_one_launch() -> None:
+    assert on_ranks.run(on_every_placement, 4) == [[]] * 4
+
+
+class Seen(TorchDispatchMode):
+    """What torch does within, by its dispatcher."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+def without_dispatch(rank: int) -> list[str]:
+    mesh = init_device_mesh("cpu", (2,))
+    pair = Pair(partial(FusedAdamW, **LOUD), SHAPES, F32, [(mesh, [Shard(0)])] * len(SHAPES))
+    pair.step(0)
+    pair.set_grads(1)
+    with Seen() as seen:
+        pair.optimizer.step()
+    return seen.names
+
+
+def test_a_step_calls_nothing_of_torch() -> None:
+    """No DTensor is dispatched, nothing is gathered."""
+    assert on_ranks.run(without_dispatch, 2) == [[], []]
+
+
+def with_new_memory(rank: int) -> list[str]:
+    """Local tensors that are replaced under a DTensor, as FSDP2 does, are noticed."""
+    mesh = init_device_mesh("cpu", (2,))
+    pair = Pair(partial(FusedAdamW, **LOUD), SHAPES, F32, [(mesh, [Shard(0)])] * len(SHAPES))
+    pair.step(0)
+    for param in pair.params:
+        param._local_tensor = param._local_tensor.detach().clone()
+    states = [dict(pair.optimizer.state[param]) for param in pair.params]
+    for state in states:
+        for value in state.values():
+            if isinstance(value, DTensor):
+                value._local_tensor = value._local_tensor.clone()
+    pair.step(1)
+    return pair.differences()
+
+
+def test_local_tensors_may_be_replaced() -> None:
+    assert on_ranks.run(with_new_memory, 2) == [[], []]
+
+
+def some_gradients_missing(rank: int) -> list[str]:
+    """Gradients that come and go, strides of their own, and zero_grads."""
+    mesh = init_device_mesh("cpu", (2,))
+    pair = Pair(
+        partial(FusedAdamW, **LOUD, zero_grads=True, ema_decay=0.9, telemetry=True),
+        SHAPES,
+        F32,
+        [(mesh, [Shard(0)])] * len(SHAPES),
+    )
+    found: list[str] = []
+    for step in range(4):
+        pair.set_grads(step)
+        if step % 2 == 0:
+            pair.params[0].grad = pair.whole[0].grad = None
+        local = pair.params[2].grad.to_local()
+        pair.params[2].grad._local_tensor = local.t().contiguous().t()
+        pair.optimizer.step()
+        pair.reference.step()
+        found += [
+            f"gradient {i} is not zero"
+            for i, param in enumerate(pair.params)
+            if param.grad is not None and param.grad.to_local().count_nonzero()
+        ]
+    with pair.optimizer.swap_ema(), pair.reference.swap_ema():
+        found += pair.differences()
+    return found + pair.differences()
+
+
+def test_missing_gradients_strides_averages_and_zeroed_gradients() -> None:
+    assert on_ranks.run(some_gradients_missing, 2) == [[], []]
+
+
+def deferred(rank: int) -> list[str]:
+    """Gradients as collectives hand them out, still on their way."""
+    from torch.distributed._functional_collectives import all_reduce
+
+    mesh = init_device_mesh("cpu", (2,))
+    pair = Pair(partial(FusedSGD, **LOUD, momentum=0.9), [(8, 3)], F32, [(mesh, [Replicate()])])
+    for step in range(3):
+        pair.set_grads(step)
+        local = all_reduce(pair.whole[0].grad, "sum", mesh.get_group())
+        pair.params[0].grad = DTensor.from_local(local, mesh, [Replicate()], run_check=False)
+        pair.whole[0].grad = pair.whole[0].grad * 2
+        pair.optimizer.step()
+        pair.reference.step()
+    return pair.differences()
+
+
+def test_gradients_on_their_way() -> None:
+    assert on_ranks.run(deferred, 2) == [[], []]
+
+
+# --- FSDP2 ---------------------------------------------------------------------------------------
+
+
+class Net(nn.Module):
+    """With a bias that has fewer rows than there are ranks."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first = nn.Linear(16, 70, dtype=dtype)
+        self.second = nn.Linear(70, 3, dtype=dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(torch.tanh(self.first(x)))
+
+
+def fully_sharded(rank: int, names: list[str], is_grid: bool) -> list[str]:
+    """Against an optimizer of the gathered parameters that gets the gathered gradients."""
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor.parallel import (
+        ColwiseParallel,
+        RowwiseParallel,
+        parallelize_module,
+    )
+
+    found = []
+    for name in names:
+        options, dtype = {**FORMATS, **DRAWING}[name]
+        net, whole = Net(dtype), Net(dtype)
+        if is_grid:
+            mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
+            plan = {"first": ColwiseParallel(), "second": RowwiseParallel()}
+            parallelize_module(net, mesh["tp"], plan)
+            fully_shard(net, mesh=mesh["dp"])
+        else:
+            mesh = init_device_mesh("cpu", (torch.distributed.get_world_size(),))
+            fully_shard(net.first, mesh=mesh)
+            fully_shard(net, mesh=mesh)
+        make = partial(FusedAdamW, **LOUD, max_grad_norm=0.5, **options)
+        optimizer, reference = make(net.parameters()), make(whole.parameters())
+        for step in range(3):
+            torch.manual_seed(10 * step + mesh.get_coordinate()[0])
+            net(torch.randn(4, 16, dtype=dtype)).square().sum().backward()
+            for param, other in zip(net.parameters(), whole.parameters(), strict=True):
+                other.grad = param.grad.full_tensor()
+            optimizer.step()
+            reference.step()
+            optimizer.zero_grad()
+        for (label, param), other in zip(net.named_parameters(), whole.parameters(), strict=True):
+            if not torch.equal(param.full_tensor(), other):
+                found.append(f"{name}: {label}")
+        if optimizer.grad_norm != reference.grad_norm:
+            found.append(f"{name}: norm {optimizer.grad_norm} {reference.grad_norm}")
+    return found
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_fully_shard(ranks: int) -> None:
+    found = on_ranks.run(fully_sharded, ranks, ["fp32", "split", "kahan", "stochastic"], False)
+    assert found == [[]] * ranks
+
+
+def test_fully_shard_and_tensor_parallel() -> None:
+    assert on_ranks.run(fully_sharded, 4, ["fp32", "split"], True) == [[]] * 4
