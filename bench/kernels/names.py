@@ -15,7 +15,15 @@ RULES = Path(__file__).parents[2] / "csrc" / "rules"
 ARRAYS = ("param", "grad", "states")  # of which a kernel's dtypes are
 # C++ types -> dtypes, and their bytes.
 DTYPES = {"float": "float32", "bfloat16": "bfloat16", "float16": "float16"}
-BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "code8": 1}
+# Storages whose arrays are told apart when a kernel runs, and the narrowest that they may be. Of
+# Mixed nothing is read.
+NARROWEST = {
+    "Mixed": (),
+    "Joined": ("bfloat16", "bfloat16", "bfloat16"),
+    "Coded": ("bfloat16", "bfloat16", "code8"),
+}
+BESIDE = {"coded": 1}  # bytes beside a parameter then
 
 
 @dataclass(frozen=True, order=True)
@@ -26,8 +34,10 @@ class Kernel:
         function: the template's name.
         rule: the functor's name in lower case; empty for a kernel that takes none.
         options: the functor's compile-time options, in order: name and value.
-        dtypes: of param, grad and states; empty where the kernel tells them apart when it runs.
+        dtypes: of param, grad and states; where the kernel tells them apart when it runs, the
+            narrowest, or none.
         whole: whether it also averages, zeroes and observes.
+        storage: "joined" or "coded" where something is beside the param, or states are codes.
     """
 
     function: str
@@ -35,36 +45,39 @@ class Kernel:
     options: tuple[tuple[str, bool | str], ...]
     dtypes: tuple[str, ...]
     whole: bool = False
+    storage: str = ""
 
     @classmethod
     def of(cls, demangled: str) -> Kernel:
         """Reads `space::kernel<space::Rule<option, ...>, space::Storage>`.
 
         Every template argument may be missing. The storage is `Uniform<type>`, which all arrays
-        have, or `Mixed`; a bool says whether the kernel is of a whole step; the first other
+        have, or one of `NARROWEST`; a bool says whether the kernel is of a whole step; the first other
         argument is the rule, and what more there may be counts as an option.
         """
         cast, space = r"\([\w:]+\)", r"(?:\w+|\(anonymous namespace\))::"  # 2 of (Decay)2
         bare = re.sub(rf"{cast}|{space}|^void |\s", "", demangled)
         function, arguments = _split(bare)
-        rule, values, dtypes, more, whole = "", [], (), [], False
+        rule, values, dtypes, more, whole, storage = "", [], (), [], False, ""
         for argument in arguments:
             name, inner = _split(argument)
             if name in ("true", "false"):
                 whole = name == "true"
             elif name == "Uniform":
                 dtypes = (DTYPES[inner[0]],) * len(ARRAYS)
-            elif name != "Mixed":
-                if rule:
-                    more.append((_words(argument, "-"), True))
-                else:
-                    rule, values = name, inner
+            elif name in NARROWEST:
+                dtypes = NARROWEST[name]
+                storage = name.lower() if dtypes else ""
+            elif rule:
+                more.append((_words(argument, "-"), True))
+            else:
+                rule, values = name, inner
         names = _option_names().get(rule, ())
         options = tuple(
             (names[i] if i < len(names) else str(i), {"true": True, "false": False}.get(x, x))
             for i, x in enumerate(values)
         )
-        return cls(function, _words(rule, "_"), (*options, *more), dtypes, whole)
+        return cls(function, _words(rule, "_"), (*options, *more), dtypes, whole, storage)
 
     @classmethod
     def restored(cls, fields: dict[str, Any]) -> Kernel:
@@ -85,11 +98,14 @@ class Kernel:
 
     @property
     def widths(self) -> tuple[int, ...]:
-        """Bytes of an element of each of `dtypes`."""
-        return tuple(BYTES[dtype] for dtype in self.dtypes)
+        """Bytes of an element of each of `dtypes`; of a param, with what is beside it."""
+        widths = [BYTES[dtype] for dtype in self.dtypes]
+        if self.storage in BESIDE:
+            widths[0] += BESIDE[self.storage]
+        return tuple(widths)
 
     def __str__(self) -> str:
-        storage = self.dtypes or ("mixed" if self.rule else "",)
+        storage = (self.storage,) if self.storage else self.dtypes or ("mixed" * bool(self.rule),)
         whole = "whole" if self.whole else ""
         return "-".join(filter(None, (self.rule or self.function, self.variant, *storage, whole)))
 

@@ -175,7 +175,7 @@ FUSED_ADAMW_HD void split_any(const float* from, const std::uint32_t* bits, void
 // One block of codes, or what there is of it.
 template <class Codes>
 FUSED_ADAMW_HD void decode_block(const void* from, float scale, float* to, int count) {
-  using Code = std::conditional_t<Codes::kIsSigned, std::int8_t, std::uint8_t>;
+  using Code = typename Codes::Code;
   const Code* codes = static_cast<const Code*>(from);
   const float unit = Codes::unit_of(scale);
   FUSED_ADAMW_INDEPENDENT_ITERATIONS
@@ -184,12 +184,12 @@ FUSED_ADAMW_HD void decode_block(const void* from, float scale, float* to, int c
 
 template <class Codes>
 FUSED_ADAMW_HD float encode_block(const float* from, void* to, int count) {
-  using Code = std::conditional_t<Codes::kIsSigned, std::int8_t, std::uint8_t>;
+  using Code = typename Codes::Code;
   Code* codes = static_cast<Code*>(to);
   alignas(64) std::uint32_t magnitude[kCodeBlock];
   std::int32_t largest = 0;  // below 2^31, so as signed as not
   for (int i = 0; i < count; ++i) {
-    magnitude[i] = Codes::magnitude_bits(from[i]);
+    magnitude[i] = Codes::magnitude_bits(Codes::coded(from[i]));
     largest = std::max(largest, static_cast<std::int32_t>(magnitude[i]));
   }
   const float scale = Codes::scale_of(static_cast<std::uint32_t>(largest));

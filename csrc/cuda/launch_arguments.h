@@ -7,6 +7,7 @@
 #include "core/pass.h"
 #include "core/planner.h"
 #include "core/square_sum.h"
+#include "cuda/storages.h"
 
 namespace fused_adamw::cuda {
 
@@ -25,20 +26,28 @@ constexpr int kRows = 104;
 
 // `kWhole`: with what a step may do beside its rule (core/pass.h), unscaling and clipping apart,
 // which every launch does.
-template <class Functor, bool kWhole>
+template <class Functor, class Storage, bool kWhole>
 struct LaunchArguments {
-  static constexpr int kSlots = kFirstState + Functor::kStates;
-  static constexpr int kPointers = kSlots + kWhole;
-  static constexpr int kBytesPerTensor = kPointers * static_cast<int>(sizeof(void*)) +
-                                         sizeof(std::int64_t) + sizeof(std::uint32_t) +
-                                         sizeof(std::int32_t) + (kWhole ? sizeof(std::int64_t) : 0);
+  static constexpr bool kHasBeside = Storage::kHasBeside;
+  static constexpr int kStates = Functor::kStates, kSlots = kFirstState + kStates;
+  static constexpr int kEma = kSlots, kBeside = kSlots + kWhole;  // their places in `slot`
+  static constexpr int kPointers = kSlots + kWhole + kHasBeside;
+  static constexpr int kScales = Storage::kHasCodes ? kStates : 0;
+  static constexpr int kBytesPerTensor =
+      (kPointers + kScales) * static_cast<int>(sizeof(void*)) + sizeof(std::int64_t) +
+      sizeof(std::uint32_t) + sizeof(std::int32_t) + (kWhole ? sizeof(std::int64_t) : 0) +
+      (kHasBeside ? sizeof(std::uint64_t) + sizeof(std::int64_t) : 0);
   static constexpr int kTensors =
-      (kArgumentBytes - kRows * static_cast<int>(sizeof(Row<Functor>)) - 64) / kBytesPerTensor;
+      (kArgumentBytes - kRows * static_cast<int>(sizeof(Row<Functor>)) - 96) / kBytesPerTensor;
 
-  void* slot[kPointers][kTensors];  // the last the average of the parameter, with kWhole
+  // The average of the parameter, with kWhole, and what is beside it follow the states.
+  void* slot[kPointers][kTensors];
   std::int64_t numel[kTensors];
   std::int64_t chunk[kWhole ? kTensors : 1];  // index of its first chunk in the whole list
-  Observation* observed;                      // one a chunk; or null
+  float* scale[kScales ? kScales : 1][kScales ? kTensors : 1];
+  std::uint64_t key[kHasBeside ? kTensors : 1];
+  std::int64_t offset[kHasBeside ? kTensors : 1];
+  Observation* observed;  // one a chunk; or null
   Row<Functor> rows[kRows];
   std::uint32_t first_chunk[kTensors + 1];  // the last entry in use is the number of blocks
   std::int32_t row[kTensors];               // of `rows`, or of those on the device
@@ -56,9 +65,10 @@ constexpr LaunchLimits launch_limits() {
   return {Arguments::kTensors, kRows, kChunk};
 }
 
-template <class Functor, bool kWhole>
-void pack(const Bucket& bucket, const Launch& launch, LaunchArguments<Functor, kWhole>& arguments) {
-  using Arguments = LaunchArguments<Functor, kWhole>;
+template <class Functor, class Storage, bool kWhole>
+void pack(const Bucket& bucket, const Launch& launch,
+          LaunchArguments<Functor, Storage, kWhole>& arguments) {
+  using Arguments = LaunchArguments<Functor, Storage, kWhole>;
   arguments.tensors = static_cast<std::int32_t>(launch.tensors.size());
   arguments.format = bucket.format;
   arguments.has_ema = bucket.has_ema;
@@ -68,9 +78,15 @@ void pack(const Bucket& bucket, const Launch& launch, LaunchArguments<Functor, k
     const TensorEntry& tensor = bucket.tensors[static_cast<std::size_t>(launch.tensors[i])];
     for (int s = 0; s < Arguments::kSlots; ++s) arguments.slot[s][i] = tensor.slot[s];
     if constexpr (kWhole) {
-      arguments.slot[Arguments::kSlots][i] = tensor.ema;
+      arguments.slot[Arguments::kEma][i] = tensor.ema;
       arguments.chunk[i] = tensor.chunk;
     }
+    if constexpr (Arguments::kHasBeside) {
+      arguments.slot[Arguments::kBeside][i] = tensor.beside;
+      arguments.key[i] = tensor.key;
+      arguments.offset[i] = tensor.offset;
+    }
+    for (int k = 0; k < Arguments::kScales; ++k) arguments.scale[k][i] = tensor.scale[k];
     arguments.numel[i] = tensor.numel;
     arguments.first_chunk[i] = launch.first_chunk[i];
     arguments.row[i] = bucket.device_rows ? tensor.row : launch.row_of[i];

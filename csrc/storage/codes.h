@@ -19,9 +19,11 @@
 
 #include <cmath>
 #include <cstdint>
+#include <type_traits>
 
 #include "core/platform.h"
 #include "core/state_kind.h"
+#include "storage/bytes.h"
 #include "storage/scalar.h"
 
 namespace fused_adamw {
@@ -31,6 +33,7 @@ constexpr int kCodeBlock = 64;  // neighbours in memory order
 template <StateKind kKind>
 struct Codes {
   static constexpr bool kIsSigned = kKind == StateKind::kSigned;
+  using Code = std::conditional_t<kIsSigned, std::int8_t, std::uint8_t>;
   static constexpr int kShift = 18;  // of a binary32's 23 bits of mantissa 5 stay
   static constexpr std::uint32_t kHalf = 1u << (kShift - 1);
   static constexpr std::uint32_t kFirst = (kIsSigned ? 0x3d800000u : 0x3b800000u) >> kShift;
@@ -38,9 +41,25 @@ struct Codes {
   static constexpr float kTop = 63.0f / 64 - kBias;  // the last code is 63/64
   static constexpr float kUnit = 1.0f / kTop;
 
-  // The bits of the magnitude that is coded: ordered as the magnitudes are, a NaN above all.
-  FUSED_ADAMW_HD static std::uint32_t magnitude_bits(float x) {
-    return bits_of(kKind == StateKind::kSquare ? sqrtf(x) : x) & 0x7fffffffu;
+  // What is coded of a number: itself, or its root.
+  FUSED_ADAMW_HD static float coded(float x) { return kKind == StateKind::kSquare ? sqrtf(x) : x; }
+
+  // The bits of its magnitude: ordered as the magnitudes are, a NaN above all.
+  FUSED_ADAMW_HD static std::uint32_t magnitude_bits(float coded) {
+    return bits_of(coded) & 0x7fffffffu;
+  }
+
+  // The larger one's bits of a magnitude, as bits, and that of another number. A NaN's payload is
+  // whatever it is.
+  FUSED_ADAMW_HD static std::uint32_t larger(std::uint32_t magnitude, float coded) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+    float larger;  // in one instruction
+    asm("max.NaN.f32 %0, %1, %2;" : "=f"(larger) : "f"(float_of(magnitude)), "f"(fabsf(coded)));
+    return bits_of(larger);
+#else
+    const std::uint32_t other = magnitude_bits(coded);
+    return other > magnitude ? other : magnitude;
+#endif
   }
 
   // `largest`: of a block's magnitudes, as bits.
@@ -51,12 +70,36 @@ struct Codes {
   // What a magnitude is multiplied by; 0 for a block whose codes are 0.
   FUSED_ADAMW_HD static float factor_of(float scale) { return scale > 0.0f ? kTop / scale : 0.0f; }
 
-  // `magnitude`: as bits, of a block whose factor is not 0.
-  FUSED_ADAMW_HD static int code_of(std::uint32_t magnitude, bool negative, float factor) {
+  // A number whose uppermost byte is the code of a magnitude, as bits, in a block whose factor is
+  // not 0.
+  FUSED_ADAMW_HD static std::uint32_t scaled(std::uint32_t magnitude, float factor) {
     const float t = float_of(magnitude) * factor + kBias;
-    const int code = static_cast<int>(((bits_of(t) + kHalf) >> kShift) - kFirst);
-    if constexpr (kIsSigned) return negative ? -code : code;
-    return code == 0 && magnitude != 0 ? 1 : code;
+    const std::uint32_t code = (bits_of(t) + kHalf - (kFirst << kShift)) << (24 - kShift);
+    if constexpr (kIsSigned) return code;
+    return magnitude != 0 && code < 1u << 24 ? 1u << 24 : code;
+  }
+
+  FUSED_ADAMW_HD static int code_of(std::uint32_t magnitude, bool negative, float factor) {
+    const int code = static_cast<int>(scaled(magnitude, factor) >> 24);
+    return kIsSigned && negative ? -code : code;
+  }
+
+  // The codes of four numbers as a word, the first one's in its lowest byte.
+  FUSED_ADAMW_HD static std::uint32_t word_of(const float (&coded)[4], float factor) {
+    std::uint32_t code[4];
+    FUSED_ADAMW_UNROLL
+    for (int j = 0; j < 4; ++j) code[j] = scaled(magnitude_bits(coded[j]), factor);
+    const std::uint32_t word =
+        permuted(permuted(code[0], code[1], 0x0073), permuted(code[2], code[3], 0x0073), 0x5410);
+    if constexpr (!kIsSigned) return word;
+    // To negate a byte below 128: its complement plus one, which must not be carried on.
+    std::uint32_t sign[4];
+    FUSED_ADAMW_UNROLL
+    for (int j = 0; j < 4; ++j) sign[j] = bits_of(coded[j]);
+    const std::uint32_t signs =
+        permuted(permuted(sign[0], sign[1], 0x0073), permuted(sign[2], sign[3], 0x0073), 0x5410);
+    const std::uint32_t ones = signs >> 7 & 0x01010101u, all = ones * 0xffu;
+    return (((word ^ all) & 0x7f7f7f7fu) + ones) ^ (all & 0x80808080u);
   }
 
   FUSED_ADAMW_HD static float unit_of(float scale) { return scale * kUnit; }
@@ -66,7 +109,7 @@ struct Codes {
     const std::uint32_t magnitude = static_cast<std::uint32_t>(negative ? -code : code);
     const float a = (float_of((magnitude + kFirst) << kShift) - kBias) * unit;
     if constexpr (kKind == StateKind::kSquare) return a * a;
-    return negative ? -a : a;
+    return kIsSigned ? float_of(bits_of(a) | (static_cast<std::uint32_t>(code) & 0x80000000u)) : a;
   }
 };
 

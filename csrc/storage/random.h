@@ -24,21 +24,26 @@ FUSED_ADAMW_HD std::uint32_t mix(std::uint32_t x) {
 
 // Of the elements of one tensor at one step whose global indices share their upper 32 bits.
 struct RandomStream {
-  std::uint32_t first, second;
+  static constexpr std::uint32_t kFactor = 0x846ca68bu;
+  std::uint32_t first, second;  // the second times kFactor
 
   FUSED_ADAMW_HD RandomStream(std::uint64_t key, std::uint32_t step, std::uint32_t upper) {
     first = mix(mix(static_cast<std::uint32_t>(key) + step) + upper);
-    second = mix(first ^ static_cast<std::uint32_t>(key >> 32));
+    second = mix(first ^ static_cast<std::uint32_t>(key >> 32)) * kFactor;
   }
 
   // 32 bits for an element.
-  FUSED_ADAMW_HD std::uint32_t bits(std::uint32_t lower) const {
-    std::uint32_t x = lower ^ first;
-    x ^= x >> 16;
+  FUSED_ADAMW_HD std::uint32_t bits(std::uint32_t lower) const { return finished(folded(lower)); }
+
+  // In two parts, since folded(lower + j) is folded(lower) ^ j where `lower` is a multiple of a
+  // power of two, at most 2^16, that is above j.
+  FUSED_ADAMW_HD std::uint32_t folded(std::uint32_t lower) const {
+    const std::uint32_t x = lower ^ first;
+    return x ^ x >> 16;
+  }
+  FUSED_ADAMW_HD std::uint32_t finished(std::uint32_t x) const {
     x *= 0x7feb352du;
-    x ^= x >> 15;
-    x += second;
-    x *= 0x846ca68bu;
+    x = (x ^ x >> 15) * kFactor + second;
     return x ^ x >> 16;
   }
 };
