@@ -288,8 +288,9 @@ PYBIND11_MODULE(_C, m) {
   py::list decays;
   for (const char* name : kDecayNames) decays.append(name);
   m.attr("DECAYS") = py::tuple(decays);
-  py::list formats;
+  py::list formats;  // of numbers that are rounded to nearest, with nothing beside them
   for (const Format& f : kFormats) {
+    if (!f.is_plain()) continue;
     formats.append(py::make_tuple(name_of(f.param), name_of(f.grad), name_of(f.state)));
   }
   m.attr("FORMATS") = py::tuple(formats);
@@ -506,7 +507,7 @@ PYBIND11_MODULE(_C, m) {
   py::class_<cuda::TickArguments>(m, "TickArguments")
       .def(py::init([](std::intptr_t groups, std::intptr_t parameters, int group_count,
                        int parameter_count, std::intptr_t squares, std::intptr_t grad_scale,
-                       std::intptr_t found_inf, std::intptr_t max_grad_norm_at,
+                       std::intptr_t found_inf, bool clips, std::intptr_t max_grad_norm_at,
                        double max_grad_norm, bool skip_nonfinite, std::intptr_t rows,
                        std::intptr_t grad_norm, std::intptr_t skip) {
              return cuda::TickArguments{at<const cuda::GroupRecord>(groups),
@@ -516,6 +517,7 @@ PYBIND11_MODULE(_C, m) {
                                         doubles_at(squares),
                                         at<const float>(grad_scale),
                                         at<const float>(found_inf),
+                                        clips,
                                         at<const float>(max_grad_norm_at),
                                         max_grad_norm,
                                         skip_nonfinite,
@@ -525,10 +527,12 @@ PYBIND11_MODULE(_C, m) {
            }),
            py::kw_only(), py::arg("groups"), py::arg("parameters"), py::arg("group_count"),
            py::arg("parameter_count"), py::arg("squares"), py::arg("grad_scale"),
-           py::arg("found_inf"), py::arg("max_grad_norm_at"), py::arg("max_grad_norm"),
-           py::arg("skip_nonfinite"), py::arg("rows"), py::arg("grad_norm"), py::arg("skip"));
+           py::arg("found_inf"), py::arg("clips"), py::arg("max_grad_norm_at"),
+           py::arg("max_grad_norm"), py::arg("skip_nonfinite"), py::arg("rows"),
+           py::arg("grad_norm"), py::arg("skip"));
   m.def("fold_on_host", &cuda::fold_on_host, py::arg("arguments"));
   m.def("tick_on_host", &cuda::tick_on_host, py::arg("arguments"));
+  m.def("norm", &norm_of, py::arg("total"), py::arg("scale"));
   m.def("clip_coefficient", &clip_coefficient, py::arg("norm"), py::arg("max_norm"));
 
   // The CUDA engine.
@@ -556,16 +560,16 @@ PYBIND11_MODULE(_C, m) {
       py::arg("bucket"), py::arg("partials"));
   m.def(
       "fold_cuda",
-      [](const cuda::FoldArguments& arguments, const Bucket& bucket) {
-        cuda::fold(arguments, bucket.device_index, bucket.stream);
+      [](const cuda::FoldArguments& arguments, int device) {
+        cuda::fold(arguments, device, host::current_stream({dlpack::kCuda, device}));
       },
-      py::arg("arguments"), py::arg("bucket"));
+      py::arg("arguments"), py::arg("device"));
   m.def(
       "tick_cuda",
-      [](const cuda::TickArguments& arguments, const Bucket& bucket) {
-        cuda::tick(arguments, bucket.device_index, bucket.stream);
+      [](const cuda::TickArguments& arguments, int device) {
+        cuda::tick(arguments, device, host::current_stream({dlpack::kCuda, device}));
       },
-      py::arg("arguments"), py::arg("bucket"));
+      py::arg("arguments"), py::arg("device"));
 #else
   m.attr("CUDA_BUILT") = false;
   m.attr("CUDA_ARCHS") = "";

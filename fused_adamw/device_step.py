@@ -8,7 +8,6 @@ and a CUDA graph that captured them replays with what the memory holds then.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -20,8 +19,8 @@ from torch import Tensor
 
 from fused_adamw import _C
 from fused_adamw.device_schedules import program
-from fused_adamw.engines import Engine
-from fused_adamw.whole_step import StepOptions
+from fused_adamw.engines import Engine, device_of
+from fused_adamw.whole_step import StepOptions, one_number
 
 _FLOATS = (torch.float32, torch.float64)
 # What stands for a value that only the device knows: within the range of every hyperparameter.
@@ -41,10 +40,10 @@ class DeviceInputs(NamedTuple):
 
 
 class Amp(NamedTuple):
-    """What torch.amp.GradScaler sets: float32 tensors of one element, or None."""
+    """What torch.amp.GradScaler sets: float32 tensors of one element, numbers or None."""
 
-    grad_scale: Tensor | None
-    found_inf: Tensor | None
+    grad_scale: Tensor | float | None
+    found_inf: Tensor | float | None
 
 
 @dataclass(frozen=True)
@@ -56,12 +55,40 @@ class GroupPlan:
         sources: of each field of the rule the tensor that holds it, or None.
         schedule: its program, empty where there is none.
         schedule_step: steps taken, int64 [] on the device.
+        values: the group as `hyperparameters` has it.
     """
 
     hyperparameters: _C.Hyperparameters
     sources: tuple[Tensor | None, ...]
     schedule: tuple[float, ...]
     schedule_step: Tensor
+    values: dict[str, Any]
+
+
+def is_read_on_host(value: Any, device: torch.device) -> bool:
+    """Whether a value is a tensor that a step on `device` takes as the number it holds now.
+
+    A captured step does not: a replay would repeat the number.
+    """
+    return (
+        isinstance(value, Tensor)
+        and value.device.type == "cpu" != device.type
+        and value.numel() == 1
+        and not _capturing(device)
+    )
+
+
+def refuse_capture(device: torch.device, found: str) -> None:
+    """Refuses what a step creates or writes on the host's behalf, if it is being captured.
+
+    Raises:
+        RuntimeError: with what was `found`.
+    """
+    if _capturing(device):
+        raise RuntimeError(
+            f"step() under CUDA graph capture: found {found}; accepted: as at a step before the "
+            "capture"
+        )
 
 
 def on_device(
@@ -92,7 +119,7 @@ def plan_group(
 
     Args:
         rule: the group's.
-        group: whose values may be tensors on the device.
+        group: whose values may be tensors on the device; one on the CPU is a number.
         device: of the parameters.
         check: makes hyperparameters of a group without such tensors.
 
@@ -104,7 +131,10 @@ def plan_group(
     values = {**group, "schedule_step": 0}
     for _, argument, _ in _C.RULES[rule][0]:
         value = group.get(argument)
-        if isinstance(value, Tensor):
+        if is_read_on_host(value, device):
+            sources.append(None)
+            values[argument] = one_number(argument, value)
+        elif isinstance(value, Tensor):
             sources.append(on_device(argument, value, device, _FLOATS))
             values[argument] = _UNKNOWN
         else:
@@ -114,7 +144,23 @@ def plan_group(
         tuple(sources),
         tuple(program(group["schedule"])) if group["schedule"] is not None else (),
         group["schedule_step"],
+        values,
     )
+
+
+@dataclass
+class _Table:
+    """Words in the device's memory.
+
+    Attributes:
+        content: what they are.
+        memory: where they are.
+        is_captured: whether a captured graph reads them, so that they must stay as they are.
+    """
+
+    content: bytes
+    memory: Tensor
+    is_captured: bool = False
 
 
 class DeviceStep:
@@ -123,13 +169,20 @@ class DeviceStep:
     Args:
         device: of all parameters.
         steps: of each parameter the count of steps, float32 [], which rules use that keep none in
-            their state.
-        averaged: of each parameter whether its average has begun, float32 [].
+            their state; None where there is no state.
+        averaged: of each parameter whether its average has begun, float32 [], or None likewise.
         groups: number of param groups.
+        captured: the optimizer's, to which steps add what captured graphs use: it must live as long
+            as they may be replayed, which is longer than the list is registered.
     """
 
     def __init__(
-        self, device: torch.device, steps: list[Tensor], averaged: list[Tensor], groups: int
+        self,
+        device: torch.device,
+        steps: list[Tensor | None],
+        averaged: list[Tensor | None],
+        groups: int,
+        captured: list[Any],
     ) -> None:
         self.device = device
         self.grad_norm = torch.zeros((), dtype=torch.float32, device=device)
@@ -137,28 +190,38 @@ class DeviceStep:
         self._rows = torch.zeros(len(steps), _C.DEVICE_ROW, dtype=torch.float32, device=device)
         self._skip = torch.zeros((), dtype=torch.int32, device=device)
         self._squares = torch.zeros(groups, dtype=torch.float64, device=device)
-        self._tables: dict[str, tuple[bytes, Tensor]] = {}
-        self._kept: list[Any] = []  # what a captured graph reads
+        self._tables: dict[str, _Table] = {}
+        self._captured = captured
+
+    @property
+    def skip(self) -> Tensor:
+        """Whether the latest step was skipped, int32 []."""
+        return self._skip
 
     def prepare(
         self,
         native: _C.ParameterList,
-        engines: Sequence[Engine],
+        engine: Engine,
         buckets: Sequence[_C.Bucket],
         inputs: DeviceInputs,
         options: StepOptions,
     ) -> None:
         """Enqueues all that precedes the update, and points the buckets at its results.
 
+        Also where nothing has a gradient: the step counts, and other ranks wait for this one's part
+        of the norm.
+
         Raises:
             RuntimeError: tables are to be written while a graph is captured.
         """
-        plans, amp = inputs
-        if len({(bucket.device_type, bucket.device_index) for bucket in buckets}) > 1:
+        plans = inputs.plans
+        if not {self.device}.issuperset(map(device_of, buckets)):
             raise RuntimeError("step: found parameters on several devices, accepted: on one")
-        fold, tick = engines[0].fold, engines[0].tick
+        fold, tick = engine.fold, engine.tick
         assert fold is not None
         assert tick is not None
+        scale = self._amp("grad_scale", inputs.amp.grad_scale)
+        overflow = self._amp("found_inf", inputs.amp.found_inf)
         limit: Any = options.max_grad_norm
         limit_at = (
             on_device("max_grad_norm", limit, self.device, _FLOATS[:1])
@@ -168,8 +231,8 @@ class DeviceStep:
         squares = 0
         if options.measures_norm:
             partials = torch.empty(native.chunks, dtype=torch.float64, device=self.device)
-            for one, bucket in zip(engines, buckets, strict=True):
-                one.square_sums(bucket, partials)
+            for bucket in buckets:
+                engine.square_sums(bucket, partials)
             ends = self._table("ends", np.array(native.chunk_ends(len(plans)), np.int64))
             fold(
                 _C.FoldArguments(
@@ -178,37 +241,47 @@ class DeviceStep:
                     squares=self._squares.data_ptr(),
                     groups=len(plans),
                 ),
-                buckets[0],
+                self.device,
             )
             for group in options.norm_process_groups:
                 torch.distributed.all_reduce(self._squares, group=group)
             squares = self._squares.data_ptr()
         records = np.concatenate([self._record(g, plan, options) for g, plan in enumerate(plans)])
         parameters = native.device_records(
-            [step.data_ptr() for step in self._steps],
-            [averaged.data_ptr() for averaged in self._averaged],
+            list(map(_address, self._steps)), list(map(_address, self._averaged))
         )
         tick(
             _C.TickArguments(
                 groups=self._table("groups", records),
-                parameters=self._table("parameters", parameters),
+                parameters=self._table("parameters", parameters) if len(parameters) else 0,
                 group_count=len(plans),
                 parameter_count=len(parameters),
                 squares=squares,
-                grad_scale=_address("grad_scale", amp.grad_scale, self.device),
-                found_inf=_address("found_inf", amp.found_inf, self.device),
-                max_grad_norm_at=0 if limit_at is None else limit_at.data_ptr(),
-                max_grad_norm=math.inf if limit is None or limit_at is not None else limit,
+                grad_scale=_address(scale),
+                found_inf=_address(overflow),
+                clips=limit is not None,
+                max_grad_norm_at=_address(limit_at),
+                max_grad_norm=0.0 if limit is None or limit_at is not None else limit,
                 skip_nonfinite=options.skip_nonfinite,
                 rows=self._rows.data_ptr(),
                 grad_norm=self.grad_norm.data_ptr(),
                 skip=self._skip.data_ptr(),
             ),
-            buckets[0],
+            self.device,
         )
         native.set_device(self._rows.data_ptr(), self._skip.data_ptr())
         if _capturing(self.device):
-            self._kept.append((plans, limit_at, amp))
+            for table in self._tables.values():
+                table.is_captured = True
+            own = self._rows, self._skip, self._squares, self.grad_norm, self._steps, self._averaged
+            tables = [table.memory for table in self._tables.values()]
+            self._captured.append((own, tables, plans, limit_at, scale, overflow))
+
+    def _amp(self, name: str, value: Tensor | float | None) -> Tensor | None:
+        if value is None or isinstance(value, Tensor):
+            return None if value is None else on_device(name, value, self.device, _FLOATS[:1])
+        refuse_capture(self.device, f"{name} {value!r}, a number that a replay would repeat")
+        return torch.full((), one_number(name, value), dtype=torch.float32, device=self.device)
 
     def _record(self, index: int, plan: GroupPlan, options: StepOptions) -> NDArray[np.int64]:
         schedule = 0
@@ -222,7 +295,7 @@ class DeviceStep:
         )
         return _C.group_record(
             plan.hyperparameters,
-            [0 if source is None else source.data_ptr() for source in plan.sources],
+            list(map(_address, plan.sources)),
             doubles,
             schedule,
             plan.schedule_step.data_ptr(),
@@ -233,29 +306,24 @@ class DeviceStep:
         """The address of words in the device's memory, which are written where they changed."""
         content = words.tobytes()
         known = self._tables.get(name)
-        if known is not None and known[0] == content:
-            return known[1].data_ptr()
-        if _capturing(self.device):
-            raise RuntimeError(
-                "step() under CUDA graph capture: found param groups, gradients or options that "
-                "changed since the last step; accepted: as at a step before the capture"
-            )
+        if known is not None and known.content == content:
+            return known.memory.data_ptr()
+        refuse_capture(
+            self.device, "param groups, gradients or options that changed since the last step"
+        )
         on_host = torch.from_numpy(np.ascontiguousarray(words).reshape(-1))
         if self.device.type == "cuda":
             on_host = on_host.pin_memory()
-        if known is not None and known[1].numel() == on_host.numel():
-            memory = known[1]  # of a captured graph, too
-        else:
-            memory = torch.empty_like(on_host, device=self.device)
-            if known is not None:
-                self._kept.append(known[1])
-        memory.copy_(on_host, non_blocking=True)
-        self._tables[name] = content, memory
-        return memory.data_ptr()
+        if known is None or known.is_captured or known.memory.numel() != on_host.numel():
+            known = _Table(content, torch.empty_like(on_host, device=self.device))
+        known.memory.copy_(on_host, non_blocking=True)
+        known.content = content
+        self._tables[name] = known
+        return known.memory.data_ptr()
 
 
-def _address(name: str, value: Tensor | None, device: torch.device) -> int:
-    return 0 if value is None else on_device(name, value, device, _FLOATS[:1]).data_ptr()
+def _address(value: Tensor | None) -> int:
+    return 0 if value is None else value.data_ptr()
 
 
 def _capturing(device: torch.device) -> bool:

@@ -30,7 +30,7 @@ def _gpus() -> str:
 def describe() -> list[tuple[str, str]]:
     """Names and values, in the order in which to show them."""
     built = (
-        f"nvcc {_C.NVCC}, compute capability {_C.CUDA_ARCHS}" if _C.CUDA_BUILT else "without nvcc"
+        f"nvcc {_C.NVCC}, compute capability {_C.CUDA_ARCHS}" if _C.CUDA_BUILT else "without CUDA"
     )
     rows = [
         ("fused-adamw", _C.VERSION),

@@ -18,22 +18,30 @@ from fused_adamw.whole_step import StepOptions
 
 
 class GroupTelemetry(NamedTuple):
-    """What a step did to a param group; the norms are rounded to float32.
+    """What a step did to the parameters of a group that had a gradient, on this rank.
+
+    The numbers are floats, norms rounded to float32; all are NaN, and the count None, of a step
+    that was skipped.
 
     Attributes:
         grad_norm: of the gradients, unscaled and not clipped.
         update_norm: of the change of the parameters as they are stored.
         param_norm: of the parameters after the step.
-        nonfinite_grads: number of gradients that are infinite or NaN.
-        lost_fraction: out of all parameters, those that the step left as they were though their
-            gradient is not zero: the update was rounded to nothing.
+        nonfinite_grads: number of elements of gradients that are infinite or NaN.
+        lost_fraction: of the elements of parameters, those that the step left as they were though
+            their gradient is not zero: the update was rounded to nothing.
+        skipped: whether nothing was updated, because of an overflow or ``skip_nonfinite``.
     """
 
     grad_norm: float
     update_norm: float
     param_norm: float
-    nonfinite_grads: int
+    nonfinite_grads: int | None
     lost_fraction: float
+    skipped: bool = False
+
+
+_SKIPPED = GroupTelemetry(math.nan, math.nan, math.nan, None, math.nan, skipped=True)
 
 
 @dataclass(frozen=True)
@@ -42,6 +50,7 @@ class _Observed:
     runs: _C.ChunkRuns
     numels: list[int]  # of each param group
     grad_scale: float | Tensor
+    skip: Tensor | None  # where the device decides, whether it skipped: int32 []
 
 
 class Measurements:
@@ -53,7 +62,7 @@ class Measurements:
 
     def __init__(self) -> None:
         self.grad_norm: Tensor | None = None
-        self._observed: _Observed | None = None
+        self._observed: _Observed | int | None = None  # of so many groups nothing: skipped
 
     def measure_norm(
         self,
@@ -67,16 +76,16 @@ class Measurements:
         partials = _columns(native, buckets, 1)
         for engine, bucket in zip(engines, buckets, strict=True):
             engine.square_sums(bucket, partials[device_of(bucket)])
+        device = next(iter(partials), torch.device("cpu"))
         squares = np.zeros(groups)
         for sums in partials.values():  # of a chunk on another device there is a zero
             squares += _folded(sums, native.chunk_runs, groups)[:, 0]
         for process_group in options.norm_process_groups:
-            squares = _sum_over_ranks(squares, process_group)
+            squares = _sum_over_ranks(squares, process_group, device)
         total = 0.0
         for square in squares.tolist():
             total += square
-        norm = math.sqrt(total) / options.grad_scale  # of a NaN it is a NaN
-        device = next(iter(partials), torch.device("cpu"))
+        norm = _C.norm(total, options.grad_scale)
         self.grad_norm = torch.tensor(norm, dtype=torch.float32, device=device)
         return norm
 
@@ -87,8 +96,9 @@ class Measurements:
         buckets: Sequence[_C.Bucket],
         groups: int,
         grad_scale: float | Tensor,
+        skip: Tensor | None = None,
     ) -> None:
-        """Has the buckets observed as they are updated.
+        """Has the buckets observed as they are updated, unless the device then sets `skip`.
 
         Raises:
             RuntimeError: an engine does not observe, or there are several devices.
@@ -106,13 +116,21 @@ class Measurements:
                 numels[group] += numel
         sums = next(iter(columns.values()), torch.empty(0, _C.OBSERVED, dtype=torch.float64))
         native.set_observed(sums.data_ptr())
-        self._observed = _Observed(sums, native.chunk_runs, numels, grad_scale)
+        self._observed = _Observed(sums, native.chunk_runs, numels, grad_scale, skip)
+
+    def observe_skip(self, groups: int) -> None:
+        """Notes that a step over `groups` param groups was skipped."""
+        self._observed = groups
 
     def telemetry(self) -> list[GroupTelemetry] | None:
         """Of each param group at the last step that was observed; None before."""
         observed = self._observed
         if observed is None:
             return None
+        if isinstance(observed, int):
+            return [_SKIPPED] * observed
+        if observed.skip is not None and observed.skip.item():
+            return [_SKIPPED] * len(observed.numels)
         sums = _folded(observed.sums, observed.runs, len(observed.numels)).tolist()
         return [
             GroupTelemetry(
@@ -130,7 +148,8 @@ class Measurements:
 
 def _norm(square: float, scale: float = 1.0) -> float:
     """Rounded to float32: the order of the sums differs between engines, in the last bits."""
-    return float(np.float32(np.sqrt(square) / scale))
+    with np.errstate(over="ignore"):
+        return float(np.float32(np.sqrt(square) / scale))
 
 
 def _columns(
@@ -150,8 +169,21 @@ def _folded(sums: Tensor, runs: _C.ChunkRuns, groups: int) -> NDArray[np.float64
     return _C.fold(on_host.data_ptr(), on_host.shape[1], runs, groups)
 
 
-def _sum_over_ranks(squares: NDArray[np.float64], process_group: Any) -> NDArray[np.float64]:
-    on_gpu = torch.distributed.get_backend(process_group) == "nccl"
-    total = torch.tensor(squares, device="cuda" if on_gpu else "cpu")
+def _sum_over_ranks(
+    squares: NDArray[np.float64], process_group: Any, device: torch.device
+) -> NDArray[np.float64]:
+    total = torch.tensor(squares, device=_device_for(process_group, device))
     torch.distributed.all_reduce(total, group=process_group)
     return total.cpu().numpy()
+
+
+def _device_for(process_group: Any, device: torch.device) -> torch.device:
+    """Where numbers of the host are summed over ranks, which must all choose the same.
+
+    On the host if the group communicates there; else on the gradients' device, and without
+    gradients on the current one of a kind that the group has.
+    """
+    kinds = [kind.type for kind in process_group._device_types]
+    if "cpu" in kinds:
+        return torch.device("cpu")
+    return device if device.type in kinds else torch.device(kinds[0])

@@ -7,12 +7,15 @@ import functools
 import itertools
 import math
 import sys
+import warnings
 from abc import abstractmethod
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from copy import deepcopy
+from dataclasses import replace
+from inspect import signature
 from itertools import chain
-from typing import TYPE_CHECKING, Any, TypedDict, TypeVar, overload
+from typing import TYPE_CHECKING, Any, TypeAlias, TypedDict, TypeVar, overload
 
 import torch
 from torch import Tensor
@@ -20,12 +23,35 @@ from torch._compile import _disable_dynamo
 from torch.compiler import is_dynamo_compiling
 from torch.optim import Optimizer
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
+from typing_extensions import Self
 
 from fused_adamw import _C, checks, compiled
-from fused_adamw.device_step import Amp, DeviceInputs, DeviceStep, GroupPlan, plan_group
+from fused_adamw.device_step import (
+    Amp,
+    DeviceInputs,
+    DeviceStep,
+    GroupPlan,
+    is_read_on_host,
+    plan_group,
+    refuse_capture,
+)
 from fused_adamw.engines import check_engine, engine_status
 from fused_adamw.hyperparameters import group_keys, hyperparameters, values_of
 from fused_adamw.measurements import GroupTelemetry, Measurements
+from fused_adamw.memory_report import MemoryReport, PlannedTensor, memory_report
+from fused_adamw.precision import (
+    BESIDE_KEYS,
+    STATE_KINDS,
+    Layout,
+    beside_of,
+    check_precision,
+    convert_state,
+    decoded_states,
+    full_value,
+    layout_of,
+    scale_key,
+    stored_state,
+)
 from fused_adamw.registration import Member, RegisteredList
 from fused_adamw.schedules import Schedule, from_description
 from fused_adamw.weight_decay import convert_weight_decay
@@ -37,8 +63,8 @@ if TYPE_CHECKING:
 PARAM_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Attributes that copies and pickles keep, beside what torch keeps.
 _KEPT = (
-    *("engine", "state_dtype", "max_grad_norm", "skip_nonfinite", "norm_process_groups"),
-    *("ema_decay", "zero_grads", "collect_telemetry"),
+    *("engine", "precision", "stochastic_rounding", "remainder_bits", "state_dtype"),
+    *("max_grad_norm", "skip_nonfinite", "ema_decay", "zero_grads", "collect_telemetry"),
 )
 _PLAIN = frozenset({float, int, bool, str, type(None)})
 _PLAIN_OR_TUPLE = _PLAIN | {tuple}
@@ -49,6 +75,8 @@ _FLAG = "decoupled_weight_decay"  # torch's name for the convention of decay, ke
 _RULES_KEYS = {_FLAG}.union(*map(group_keys, _C.RULES))
 Loss = TypeVar("Loss")
 States = defaultdict[Tensor, dict[str, Any]]
+# Of a parameter, by its name, if it has one, and itself.
+Precision: TypeAlias = Callable[[str | None, Tensor], str | None]
 # Of a parameter its param group, its place there and its number among all.
 Place = tuple[int, int, int]
 
@@ -59,6 +87,10 @@ class Options(TypedDict, total=False):
     engine: str
     schedule_multiplier: float
     schedule: Schedule | None
+    precision: str | Precision | None
+    stochastic_rounding: bool
+    seed: int
+    remainder_bits: int
     state_dtype: torch.dtype | None
     max_grad_norm: float | Tensor | None
     skip_nonfinite: bool
@@ -66,6 +98,9 @@ class Options(TypedDict, total=False):
     ema_decay: float | None
     zero_grads: bool
     telemetry: bool
+
+
+_OF_ALL_GROUPS = Options.__annotations__.keys() - {"schedule_multiplier", "schedule", "seed"}
 
 
 class FusedOptimizer(Optimizer):
@@ -97,22 +132,36 @@ class FusedOptimizer(Optimizer):
         schedule_multiplier: eta, >= 0; a value of the param group, which may be set at any time.
         schedule: one of `fused_adamw.schedules`, which sets eta before every step by the number of
             steps taken; both are kept in checkpoints. A group may have its own.
-        state_dtype: dtype of the states; by default the parameter's.
+        precision: how 16-bit parameters and states are kept: ``"bf16"``, ``"master"``,
+            ``"split"``, ``"kahan"`` or ``"8bit"``, which is of float32 parameters too; float32
+            parameters beside the others, and all with ``"fp32"``, are kept as they are. None: as
+            their dtype says, states too. A function of a parameter's name (None without one) and
+            the parameter may choose for each. See docs/precision.md.
+        stochastic_rounding: whether bfloat16 parameters and states are rounded up or down with
+            the probability that makes the mean exact, with ``precision`` None or ``"bf16"``.
+        seed: of the random bits of such rounding and of 8-bit remainders, in [0, 2^53]; a value of
+            the param group, kept in checkpoints. Bits follow from it, the parameter's number, the
+            group's ``schedule_step`` and the element's index alone.
+        remainder_bits: 8 or 16: what ``"8bit"`` keeps beside bfloat16 parameters.
+        state_dtype: dtype of the states; by default the format's.
         max_grad_norm: > 0. Gradients, unscaled, are shrunk as by
             `torch.nn.utils.clip_grad_norm_` over all param groups, where they are read: memory
             keeps them as they are. The norm is in `grad_norm`.
         skip_nonfinite: whether a step whose norm is not finite does nothing, as after an overflow.
         norm_process_groups: the squared norm is summed over the ranks of each of these groups, one
-            after the other, where each rank has a part of the gradients.
-        ema_decay: in [0, 1): an exponential moving average of the parameters is kept in float32,
-            with the numbers of `torch.optim.swa_utils.AveragedModel` and ``get_ema_multi_avg_fn``:
-            it begins as a copy after the first step. A parameter without a gradient keeps its
-            average. See `swap_ema`.
+            after the other, where each rank has a part of the gradients. Without ``max_grad_norm``
+            or ``skip_nonfinite`` there is no norm to sum. Copies share them; pickles have none.
+        ema_decay: in [0, 1): an exponential moving average of the parameters is kept, with the
+            formula of `torch.optim.swa_utils.AveragedModel` and ``get_ema_multi_avg_fn``, but in
+            float32 where theirs has the parameter's dtype. It begins as a copy after the first
+            step; of a parameter whose first gradient comes later, as a copy before that step. A
+            parameter without a gradient keeps its average. See `swap_ema`.
         zero_grads: whether gradients are zeroed once they have been read, after an overflow too.
         telemetry: whether steps are observed; see `telemetry`.
 
     The options from ``max_grad_norm`` on are attributes too, ``telemetry`` as
-    ``collect_telemetry``, and may be changed between steps.
+    ``collect_telemetry``, and may be changed between steps. They and ``engine`` and ``state_dtype``
+    hold for all param groups, which do not take them.
     """
 
     # How the extension calls the rule.
@@ -132,6 +181,11 @@ class FusedOptimizer(Optimizer):
     _plans: dict[int, tuple[tuple[Any, ...], GroupPlan]]
     # Of each parameter what only the device counts: steps taken, and whether its average has begun.
     _positions: dict[Tensor, tuple[Tensor, Tensor]]
+    # What captured graphs use, which may be replayed as long as the optimizer lives.
+    _captured: list[Any]
+    # Whether a step was taken, for torch's schedulers, which warn where none was.
+    _opt_called: bool
+    _warned_of_float16 = False
     # What steps parameters in the backward pass, if anything does.
     _in_backward: StepInBackward | None = None
 
@@ -148,6 +202,10 @@ class FusedOptimizer(Optimizer):
         engine: str = "auto",
         schedule_multiplier: float = 1.0,
         schedule: Schedule | None = None,
+        precision: str | Precision | None = None,
+        stochastic_rounding: bool = False,
+        seed: int = 0,
+        remainder_bits: int = 8,
         state_dtype: torch.dtype | None = None,
         max_grad_norm: float | Tensor | None = None,
         skip_nonfinite: bool = False,
@@ -155,11 +213,25 @@ class FusedOptimizer(Optimizer):
         ema_decay: float | None = None,
         zero_grads: bool = False,
         telemetry: bool = False,
+        **unknown: object,
     ) -> None:
+        for name in unknown:
+            own = [key for key in signature(type(self)).parameters if key != "options"]
+            raise TypeError(
+                f"{type(self).__name__}: found an argument {name!r}, accepted: "
+                f"{', '.join([*own, *Options.__annotations__])}"
+            )
         check_engine(engine)
-        if state_dtype is not None and state_dtype not in PARAM_DTYPES:
-            raise TypeError(f"state_dtype: found {state_dtype}, accepted: None or {PARAM_DTYPES}")
+        check_precision(
+            None if callable(precision) else precision,
+            stochastic_rounding=stochastic_rounding,
+            state_dtype=state_dtype,
+            remainder_bits=8 if callable(precision) else remainder_bits,
+        )
         self.engine = engine
+        self.precision = precision
+        self.stochastic_rounding = stochastic_rounding
+        self.remainder_bits = remainder_bits
         self.state_dtype = state_dtype
         self._registered: RegisteredList | None = None
         self._registered_alone: dict[Tensor, RegisteredList] = {}
@@ -173,6 +245,7 @@ class FusedOptimizer(Optimizer):
         self._swapped = False
         self._plans = {}
         self._positions = {}
+        self._captured = []
         self._number = compiled.number_of(self)
         self._measurements = Measurements()
         self._step_options()
@@ -181,6 +254,7 @@ class FusedOptimizer(Optimizer):
             "schedule_multiplier": schedule_multiplier,
             "schedule": schedule,
             "schedule_step": 0,
+            "seed": seed,
         }
         super().__init__(params, defaults)
 
@@ -198,6 +272,7 @@ class FusedOptimizer(Optimizer):
                 f"schedule: found {schedule!r}, accepted: None or one of fused_adamw.schedules"
             )
         checks.count("schedule_step", group["schedule_step"], at_least=0)
+        checks.count("seed", group["seed"], at_least=0)
         if group["differentiable"]:
             raise RuntimeError(
                 "differentiable: found True, accepted: False (a fused update has no derivative)"
@@ -256,6 +331,12 @@ class FusedOptimizer(Optimizer):
                     param_group["decay"] = decay_of_flag(flag)
             param_group.setdefault(_FLAG, self._decouples(param_group))
         count = len(self.param_groups)
+        if isinstance(param_group, dict):
+            for name in sorted(_OF_ALL_GROUPS & param_group.keys()):
+                raise ValueError(
+                    f"param group {count}: {name}: found {param_group[name]!r}; accepted: as an "
+                    "option of the optimizer, for all param groups"
+                )
         self._refuse_repeated(param_group)
         try:
             super().add_param_group(param_group)
@@ -297,6 +378,12 @@ class FusedOptimizer(Optimizer):
                 raise TypeError(
                     f"{label} has dtype {param.dtype}; accepted: float32, bfloat16, float16"
                 )
+            if param.requires_grad:
+                try:
+                    self._layout(group, i)
+                except (TypeError, ValueError) as error:
+                    label = _label(self._count_params(index) + i, group, i)
+                    raise type(error)(f"{label}: {error}") from None
         self._checked_hyperparameters(index)
 
     def _decouples(self, group: dict[str, Any]) -> bool:
@@ -306,6 +393,35 @@ class FusedOptimizer(Optimizer):
     def _torch_decay(self, group: dict[str, Any]) -> str:
         """The convention of a checkpoint of torch that does not state it."""
         return "l2"
+
+    def _is_codable(self, group: dict[str, Any]) -> bool:
+        """Whether the rule works on states in 8-bit codes."""
+        return True
+
+    def _layout(self, group: dict[str, Any], place: int) -> Layout:
+        """How a parameter and its states lie in memory."""
+        param = group["params"][place]
+        precision = self.precision
+        if callable(precision):
+            names = group.get("param_names")
+            precision = precision(names[place] if names else None, param)
+        stochastic = self.stochastic_rounding and precision in (None, "bf16")
+        return layout_of(
+            param.dtype,
+            param.numel(),
+            precision,
+            stochastic_rounding=stochastic,
+            state_dtype=self.state_dtype,
+            remainder_bits=self.remainder_bits if precision == "8bit" else 8,
+            codable=self._is_codable(group),
+        )
+
+    def _layouts(self) -> Iterator[tuple[dict[str, Any], Tensor, Layout]]:
+        """Of every parameter its group and its layout."""
+        for group in self.param_groups:
+            for i, param in enumerate(group["params"]):
+                if param.dtype in PARAM_DTYPES:
+                    yield group, param, self._layout(group, i)
 
     def _checked_hyperparameters(self, index: int) -> _C.Hyperparameters:
         try:
@@ -338,19 +454,21 @@ class FusedOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        idle = () if self._in_backward is None else self._in_backward.idle_groups()
         device = self._device_of_decisions()
         if device is not None:
             self._step_on_device(device)
             return loss
         options = self._step_options()
         if "found_inf" in self.__dict__ and one_number("found_inf", self.found_inf):
-            self._zero_unread_grads(options)
-            return loss
+            if not options.measures_norm:
+                self._skip_unread(options)
+                return loss
+            options = replace(options, overflow=True)
         for group in self.param_groups:
             if isinstance(group["schedule_step"], Tensor):  # of steps on the device
                 group["schedule_step"] = int(group["schedule_step"])
         former: list[tuple[dict[str, Any], Any]] = []
-        idle = () if self._in_backward is None else self._in_backward.idle_groups()
         for group in self.param_groups:
             if group["schedule"] is not None:
                 former = self._follow_schedules(idle)
@@ -368,6 +486,7 @@ class FusedOptimizer(Optimizer):
                 outcome = registered.step(
                     current,
                     is_state_held=self._is_state_held(),
+                    steps=self._steps_taken() if registered.draws else (),
                     options=options,
                     measurements=self._measurements,
                 )
@@ -402,12 +521,16 @@ class FusedOptimizer(Optimizer):
             return None
         amp = (self.__dict__.get("grad_scale"), self.__dict__.get("found_inf"))
         decides = self.max_grad_norm is not None or self.skip_nonfinite or capturable
-        if decides or any(isinstance(value, Tensor) and value.is_cuda for value in amp):
+        if not decides and not any(isinstance(value, Tensor) and value.is_cuda for value in amp):
+            return None
+        registered = self._registered
+        if capturable or (registered is not None and registered.device_step is not None):
             return param.device
-        return None
+        params = chain.from_iterable(self._param_lists())
+        return param.device if all(other.device == param.device for other in params) else None
 
     def _step_on_device(self, device: torch.device) -> None:
-        options = self._step_options(on_device=True)
+        options = self._step_options(device)
         plans = [self._planned(index, device) for index in range(len(self.param_groups))]
         amp = Amp(self.__dict__.get("grad_scale"), self.__dict__.get("found_inf"))
         inputs = DeviceInputs(plans, amp)
@@ -422,6 +545,7 @@ class FusedOptimizer(Optimizer):
             outcome = registered.step(
                 current,
                 is_state_held=self._is_state_held(),
+                steps=[0] * len(current),  # counted on the device
                 options=options,
                 measurements=self._measurements,
                 inputs=inputs,
@@ -441,14 +565,12 @@ class FusedOptimizer(Optimizer):
             )
         count = group["schedule_step"]
         if not isinstance(count, Tensor) or count.device != device:
+            refuse_capture(device, "a first step of a param group")
             count = torch.tensor(int(count), dtype=torch.int64, device=device)
             group["schedule_step"] = count
         values = self._values(group)
         key = (
-            *(
-                (value.data_ptr(), value.dtype) if isinstance(value, Tensor) else value
-                for value in values
-            ),
+            *(_identity(value, device) if isinstance(value, Tensor) else value for value in values),
             *(group["differentiable"], group.get(_FLAG), group["schedule"], count.data_ptr()),
         )
         known = self._plans.get(index)
@@ -461,22 +583,48 @@ class FusedOptimizer(Optimizer):
         return known[1]
 
     def _new_device_step(self, device: torch.device, members: Sequence[Member]) -> DeviceStep:
-        def number(value: float) -> Tensor:
-            return torch.tensor(value, dtype=torch.float32, device=device)
+        def position(is_new: bool, known: Tensor | None) -> Tensor:
+            if known is not None and not is_new:
+                return known
+            return torch.tensor(not is_new, dtype=torch.float32, device=device)
 
+        steps: list[Tensor | None] = []
+        averaged: list[Tensor | None] = []
         for member in members:
-            if member.fresh or member.unaveraged:
-                self._positions[member.param] = (
-                    number(not member.fresh),
-                    number(not member.unaveraged),
-                )
-            elif member.param not in self._positions and member.state:
-                self._positions[member.param] = number(True), number(True)
-        nowhere = number(False), number(False)
-        steps, averaged = zip(
-            *(self._positions.get(member.param, nowhere) for member in members), strict=True
-        )
-        return DeviceStep(device, list(steps), list(averaged), len(self.param_groups))
+            step, average = self._positions.get(member.param, (None, None))
+            if member.state:
+                step = position(member.fresh, step)
+                average = position(member.unaveraged, average)
+                self._positions[member.param] = step, average
+            steps.append(step)
+            averaged.append(average)
+        return DeviceStep(device, steps, averaged, len(self.param_groups), self._captured)
+
+    def _begun(self, param: Tensor) -> dict[str, Any]:
+        """The state of a parameter without what was created for a step that the device skipped.
+
+        The host waits where the device has counted.
+        """
+        state = self._state.get(param, {})
+        if param not in self._positions:
+            return state
+        steps, averaged = self._positions[param]
+        has_stepped, has_average = bool(state.get("step", steps)), bool(averaged)
+        return {
+            name: value
+            for name, value in state.items()
+            if (has_average if name == EMA else has_stepped)
+        }
+
+    def _count_on_host(self) -> None:
+        """Drops what the device has not begun, and what it counted beside the states."""
+        for param in self._positions:
+            state = self._state.get(param, {})
+            for name in state.keys() - self._begun(param).keys():
+                del state[name]
+            if not state:
+                self._state.pop(param, None)
+        self._positions = {}
 
     def _place_scalars(self, param: Tensor, device: torch.device) -> None:
         """Puts the counts of a parameter where a step reads them."""
@@ -486,17 +634,21 @@ class FusedOptimizer(Optimizer):
             if scalar and value.device != device:
                 state[name] = value.to(device)
 
-    def _step_options(self, on_device: bool = False) -> StepOptions:
-        """What this step does beside its rule, checked; the scale is read on the host."""
-        if self._swapped:
-            raise RuntimeError("step: found the averages in the parameters' place (swap_ema)")
-        scale = None if on_device else self.__dict__.get("grad_scale")
+    def _step_options(self, device: torch.device | None = None) -> StepOptions:
+        """What this step does beside its rule, checked.
+
+        The host reads the scale, unless a device decides, and the limit, unless it is there.
+        """
+        self._refuse_swapped("step")
+        scale = None if device is not None else self.__dict__.get("grad_scale")
         limit = self.max_grad_norm
-        if isinstance(limit, Tensor) and not on_device:
+        if isinstance(limit, Tensor) and (device is None or is_read_on_host(limit, device)):
             limit = one_number("max_grad_norm", limit)
+        # An overflow that the scaler found on another rank is known by the norm.
+        shares = limit is not None and self.norm_process_groups and "found_inf" in self.__dict__
         values = (
             limit,
-            self.skip_nonfinite,
+            True if shares else self.skip_nonfinite,
             self.ema_decay,
             self.zero_grads,
             self.collect_telemetry,
@@ -509,7 +661,10 @@ class FusedOptimizer(Optimizer):
             known = self._known_options = key, StepOptions(*values).check()
         return known[1]
 
-    def _zero_unread_grads(self, options: StepOptions) -> None:
+    def _skip_unread(self, options: StepOptions) -> None:
+        """What is done after an overflow where nothing asks for the gradients."""
+        if options.telemetry:
+            self._measurements.observe_skip(len(self.param_groups))
         if not options.zero_grads:
             return
         grads = [p.grad for group in self.param_groups for p in group["params"]]
@@ -519,39 +674,66 @@ class FusedOptimizer(Optimizer):
     def grad_norm(self) -> Tensor | None:
         """The norm of all gradients, unscaled, of the last step that measured it: float32 [].
 
-        Measured with ``max_grad_norm`` or ``skip_nonfinite``; None before.
+        Steps with ``max_grad_norm`` or ``skip_nonfinite`` measure it before they clip, those that
+        are skipped after an overflow too; None before. Later steps do not change the tensor.
         """
-        return self._measurements.grad_norm
+        norm = self._measurements.grad_norm
+        return None if norm is None else norm.clone()
 
-    def telemetry(self) -> list[GroupTelemetry] | None:
-        """What the last step with ``telemetry=True`` did to each param group; None before.
+    @property
+    def telemetry(self) -> Callable[[], list[GroupTelemetry] | None]:
+        """``telemetry()`` is what the last observed step did to each param group; None before.
 
-        The host waits for the step.
+        The host waits for the step. Steps are observed while ``collect_telemetry`` is True. See
+        `GroupTelemetry` for the numbers.
         """
-        return self._measurements.telemetry()
+        return self._measurements.telemetry
+
+    @telemetry.setter
+    def telemetry(self, value: object) -> None:
+        raise AttributeError(
+            f"telemetry: found the assignment of {value!r} to a method; accepted: "
+            "collect_telemetry = True or False"
+        )
 
     @contextlib.contextmanager
     def swap_ema(self) -> Iterator[None]:
         """Within this scope the parameters have the values of their averages, for an evaluation.
 
         Float32 parameters change places with their averages; others get them rounded. Parameters
-        without an average stay as they are.
+        without an average stay as they are. Steps, checkpoints of the optimizer and copies of it
+        are refused meanwhile.
 
         Raises:
-            RuntimeError: within another such scope, or where there are no averages.
+            RuntimeError: within another such scope, where there are no averages, or without
+                ``ema_decay``, as steps have then left the averages behind.
         """
+        self._refuse_swapped("swap_ema")
         averaged = [(param, state[EMA]) for param, state in self._state.items() if EMA in state]
-        if self._swapped or not averaged:
-            found = "the averages in place already" if self._swapped else "no averages"
-            raise RuntimeError(f"swap_ema: found {found}, accepted: after a step with ema_decay")
+        if not averaged:
+            raise RuntimeError("swap_ema: found no averages, accepted: after a step with ema_decay")
+        if self.ema_decay is None:
+            raise RuntimeError(
+                "swap_ema: found ema_decay None, with which steps leave the averages as they are; "
+                "accepted: a number in [0, 1)"
+            )
+        kept: list[Tensor | None] = []
         self._swapped = True
-        kept = [_exchange(param, ema) for param, ema in averaged]
         try:
+            for param, ema in averaged:
+                kept.append(_exchange(param, ema))
             yield
         finally:
-            for (param, ema), values in zip(averaged, kept, strict=True):
+            for (param, ema), values in zip(averaged, kept):  # noqa: B905  as far as it came
                 _exchange_back(param, ema, values)
             self._swapped = False
+
+    def _refuse_swapped(self, what: str) -> None:
+        if self._swapped:
+            raise RuntimeError(
+                f"{what}: found the averages in the parameters' place, accepted: outside of "
+                "`with swap_ema()`"
+            )
 
     def _follow_schedules(self, idle: Collection[int]) -> list[tuple[dict[str, Any], Any]]:
         """Sets eta in the groups that have a schedule and are not idle; returns what it was."""
@@ -636,7 +818,16 @@ class FusedOptimizer(Optimizer):
         inputs: DeviceInputs | None = None,
     ) -> Outcome:
         """Steps over a new registration, which is kept for the steps that follow."""
-        begins = not any(EMA in state for state in self._state.values())
+        if inputs is None:
+            self._count_on_host()
+        else:
+            refuse_capture(
+                inputs.plans[0].schedule_step.device,
+                "parameters that are not registered: at their first step, or since "
+                "optimizer.state or state_dict() was read",
+            )
+        self._warn_of_unscaled_float16()
+        begins = self._averages_begin()
         registered, outcome = self._step_anew(self._places(), current, options, begins, inputs)
         self._give_up_registered()
         if registered is not None:
@@ -644,8 +835,30 @@ class FusedOptimizer(Optimizer):
             self._registered = registered
         return outcome
 
-    def _step_alone(self, place: Place, hyperparameters: _C.Hyperparameters) -> None:
-        """Steps one parameter, which has a gradient, over a list of its own; likewise kept."""
+    def _warn_of_unscaled_float16(self) -> None:
+        """Once: a scaler sets found_inf around every step."""
+        if self._warned_of_float16 or "found_inf" in self.__dict__:
+            return
+        for index, i, number in self._places():
+            grad = self.param_groups[index]["params"][i].grad
+            if grad is not None and grad.dtype == torch.float16:
+                warnings.warn(
+                    f"{_label(number, self.param_groups[index], i)} has a float16 gradient and no "
+                    "torch.amp.GradScaler drives the optimizer: below 6e-8 float16 is zero",
+                    stacklevel=5,  # whoever called step()
+                )
+                self._warned_of_float16 = True
+                return
+
+    def _averages_begin(self) -> bool:
+        """Whether averages that the next step creates begin with its result, not before it."""
+        return not any(EMA in state and EMA in self._begun(p) for p, state in self._state.items())
+
+    def _step_alone(self, place: Place, hyperparameters: _C.Hyperparameters, begins: bool) -> None:
+        """Steps one parameter, which has a gradient, over a list of its own; likewise kept.
+
+        What `begins` is of the first one in a backward pass holds for them all.
+        """
         param = self.param_groups[place[0]]["params"][place[1]]
         current = [hyperparameters] * (place[0] + 1)
         options = self._step_options()
@@ -658,12 +871,14 @@ class FusedOptimizer(Optimizer):
             outcome = registered.step(
                 current,
                 is_state_held=self._is_state_held(),
+                steps=self._steps_taken() if registered.draws else (),
                 options=options,
                 measurements=self._measurements,
             )
             if outcome is not Outcome.STALE:
                 return
-        registered, _ = self._step_anew([place], current, options, begins=True)
+        self._count_on_host()
+        registered, _ = self._step_anew([place], current, options, begins)
         if registered is not None:
             registered.native.remember([], {param: self._state.get(param, {})})
             self._registered_alone[param] = registered
@@ -704,22 +919,34 @@ class FusedOptimizer(Optimizer):
             for index, i, number in places:
                 group = self.param_groups[index]
                 param = group["params"][i]
-                names = self._state_names(group)
+                active = param.requires_grad or param.grad is not None
+                names = self._state_names(group if inputs is None else inputs.plans[index].values)
+                layout = Layout("", "", param.dtype, False)  # of what cannot be stepped
+                if active and param.dtype in PARAM_DTYPES:
+                    layout = self._layout(group, i)
                 stateless = not (names or self._counts or self._scalar)
+                besides = {EMA, layout.beside_key}
                 fresh = unaveraged = False
                 if param.grad is not None:
                     keys = self._state.get(param, {}).keys()
-                    fresh = not (stateless or keys - {EMA})
+                    fresh = not (stateless or keys - besides)
                     unaveraged = averages and EMA not in keys
-                    if fresh or unaveraged:
+                    beside = layout.beside_key
+                    joins = beside is not None and beside not in keys
+                    if fresh or unaveraged or joins:
                         former[param] = frozenset(keys) if param in self._state else None
                     if fresh:
-                        self._state[param].update(self._initial_state(param, group))
+                        initial = self._initial_state(param, group, names, layout)
+                        self._state[param].update(initial)
+                    if beside is not None and joins:
+                        _, self._state[param][beside] = beside_of(_widened(param), layout, param)
                     if unaveraged:
-                        self._state[param][EMA] = _initial_average(param)
+                        self._state[param][EMA] = full_value(param, layout, self._state[param])
                 state = self._state.get(param) or {}
                 # What is missing is created when its gradient comes, by a new registration.
-                complete = (stateless or state.keys() - {EMA}) and averages <= (EMA in state)
+                complete = (stateless or state.keys() - besides) and averages <= (EMA in state)
+                if layout.beside_key is not None:
+                    complete = complete and layout.beside_key in state
                 self._place_scalars(param, _HOST if inputs is None else param.device)
                 members.append(
                     Member(
@@ -731,9 +958,13 @@ class FusedOptimizer(Optimizer):
                         counts=self._counts,
                         scalar=self._scalar,
                         fresh=fresh,
+                        beside=(layout.beside, layout.beside_key) if layout.beside_key else None,
+                        scales=tuple(map(scale_key, names)) if layout.state_dtype is None else (),
+                        stochastic=layout.stochastic,
+                        random_key=_C.random_key(group["seed"], number),
                         averaged=averages,
                         unaveraged=unaveraged and begins,
-                        active=param.requires_grad or param.grad is not None,
+                        active=active,
                     )
                 )
             device_step = None
@@ -741,7 +972,11 @@ class FusedOptimizer(Optimizer):
                 device_step = self._new_device_step(inputs.plans[0].schedule_step.device, members)
             registered = RegisteredList(members, self.engine, averages, device_step)
             outcome = registered.step(
-                current, options=options, measurements=self._measurements, inputs=inputs
+                current,
+                steps=self._steps_taken() if inputs is None else [0] * len(current),
+                options=options,
+                measurements=self._measurements,
+                inputs=inputs,
             )
             if outcome is Outcome.STALE:
                 raise RuntimeError("a tensor was given other memory while the step was under way")
@@ -753,43 +988,69 @@ class FusedOptimizer(Optimizer):
             return None, outcome
         return registered, outcome
 
-    def _initial_state(self, param: Tensor, group: dict[str, Any]) -> dict[str, Any]:
+    def _steps_taken(self) -> list[int]:
+        """By each group, as random bits follow from them."""
+        return [int(group["schedule_step"]) for group in self.param_groups]
+
+    def _initial_state(
+        self, param: Tensor, group: dict[str, Any], names: tuple[str, ...], layout: Layout
+    ) -> dict[str, Any]:
         state: dict[str, Any] = {}
         if self._counts:
             state["step"] = torch.zeros((), dtype=torch.float32, device="cpu")
         if self._scalar is not None:
             state[self._scalar] = torch.ones((), dtype=torch.float64, device="cpu")
-        for name in self._state_names(group):
-            state[name] = torch.full_like(
+        for name in names:
+            values = torch.full_like(
                 param,
                 self._initial_value(name, group),
-                dtype=self.state_dtype,
+                dtype=layout.state_dtype or torch.float32,
                 memory_format=torch.preserve_format,
                 requires_grad=False,
             )
+            if layout.state_dtype is None:
+                state.update(stored_state(name, values, STATE_KINDS[name], layout))
+            else:
+                state[name] = values
         return state
 
     # --- Checkpoints -----------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """The state as in torch, with schedules as plain data: `schedules.Schedule.describe`."""
+        """The state as in torch, with schedules as plain data: `schedules.Schedule.describe`.
+
+        Raises:
+            RuntimeError: within `swap_ema`.
+        """
+        self._refuse_swapped("state_dict")
         found = super().state_dict()
         for group in found["param_groups"]:
             if isinstance(group["schedule"], Schedule):
                 group["schedule"] = group["schedule"].describe()
             group["schedule_step"] = int(group["schedule_step"])
+        if self._positions:
+            keys = chain.from_iterable(group["params"] for group in found["param_groups"])
+            for key, param in zip(keys, chain.from_iterable(self._param_lists()), strict=True):
+                if key in found["state"]:
+                    found["state"][key] = self._begun(param)
+            found["state"] = {key: state for key, state in found["state"].items() if state}
         return found
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads a state dict of this class or of torch's optimizer of the same rule, whole or not.
 
-        States are copied to their parameter's device and to ``state_dtype`` (by default the
-        parameter's dtype); nothing is shared with ``state_dict``.
+        States are copied to their parameter's device and into its storage format, whatever format
+        they were saved in; nothing is shared with ``state_dict``. Load the model first: what is
+        beside a parameter (`FusedOptimizer`, ``precision``) may be converted by its values.
+        Averages are loaded without ``ema_decay`` too, with a warning that steps will leave them as
+        they are.
 
         Raises:
             ValueError: another algorithm, decay convention, number or size of groups, shape, or a
                 value out of range; the optimizer is then as it was.
+            RuntimeError: within `swap_ema`.
         """
+        self._refuse_swapped("load_state_dict")
         state_dict = state_dict.copy()
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
             replaced = pre_hook(self, state_dict)
@@ -802,6 +1063,14 @@ class FusedOptimizer(Optimizer):
                 )
         groups = self._loaded_groups(state_dict["param_groups"])
         states = self._loaded_states(state_dict, groups)
+        if self.ema_decay is None and any(
+            EMA in states.get(param, ()) for group in groups for param in group["params"]
+        ):
+            warnings.warn(
+                "ema_decay: found None beside a state_dict with averages, which steps will leave "
+                "as they are; accepted: the decay with which they are to go on",
+                stacklevel=2,
+            )
         self.__setstate__({"state": states, "param_groups": groups})
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
@@ -864,6 +1133,9 @@ class FusedOptimizer(Optimizer):
 
     def _equivalent(self, saved: dict[str, Any], decay: str) -> str:
         """The weight decay of a saved group in another convention, as a sentence."""
+        plain_sgd = self._is_plain_sgd(saved)
+        if "l2" in (saved["decay"], decay) and not plain_sgd:
+            return f"There is no equivalent in {decay!r}: 'l2' decays by way of the moments"
         try:
             converted = convert_weight_decay(
                 float(saved["weight_decay"]),
@@ -871,7 +1143,7 @@ class FusedOptimizer(Optimizer):
                 target=decay,
                 lr=float(saved["lr"]),
                 schedule_multiplier=float(saved.get("schedule_multiplier", 1.0)),
-                plain_sgd=self._is_plain_sgd(saved),
+                plain_sgd=plain_sgd,
             )
         except (TypeError, ValueError) as error:
             return f"There is no equivalent in {decay!r}: {error}"
@@ -898,20 +1170,23 @@ class FusedOptimizer(Optimizer):
             if key not in by_id:
                 states[key] = saved  # not of a parameter: kept as it is, as torch does
                 continue
-            param, group, _, where = by_id[key]
+            param, group, place, where = by_id[key]
             # torch's SGD of old saved a buffer of None.
             saved = {name: value for name, value in saved.items() if value is not None}
             if saved:
-                states[param] = self._loaded_state(where, param, self._state_names(group), saved)
+                states[param] = self._loaded_state(where, group, place, saved)
         return states
 
     def _loaded_state(
-        self, where: str, param: Tensor, names: tuple[str, ...], saved: dict[str, Any]
+        self, where: str, group: dict[str, Any], place: int, saved: dict[str, Any]
     ) -> dict[str, Any]:
+        param = group["params"][place]
+        names = self._state_names(group)
         needed = {*names, *(["step"] if self._counts else [])}
         if self._scalar is not None:
             needed.add(self._scalar)
-        known = needed | self._known_states | {EMA}
+        arrays = self._known_states.union(names)
+        known = {*needed, *arrays, *map(scale_key, arrays), *BESIDE_KEYS, EMA}
         found = set(saved)
         if not needed <= found <= known:
             raise ValueError(
@@ -924,16 +1199,76 @@ class FusedOptimizer(Optimizer):
                 state[name] = _loaded_scalar(where, name, value, torch.float32)
             elif name == self._scalar:
                 state[name] = _loaded_scalar(where, name, value, torch.float64)
-            else:
+            elif name == EMA or (name in arrays and scale_key(name) not in saved):
                 _check_loaded(f"{where}: '{name}'", value, param)
-                dtype = torch.float32 if name == EMA else self.state_dtype or param.dtype
-                state[name] = value.detach().to(device=param.device, dtype=dtype, copy=True)
-        return state
+                if name == EMA:
+                    state[name] = value.detach().to(param.device, torch.float32, copy=True)
+        present = [name for name in saved if name in arrays]
+        if param.dtype not in PARAM_DTYPES:  # which nothing steps
+            return {**state, **{name: saved[name] for name in present}}
+        try:
+            converted = convert_state(
+                saved,
+                param,
+                present,
+                [STATE_KINDS[name] for name in present],
+                self._layout(group, place),
+            )
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from None
+        return {**state, **converted}
+
+    def export_fp32_state(self) -> dict[str, Any]:
+        """A `state_dict` as torch's optimizer of the rule has it: float32 states, no codes.
+
+        What is beside the parameters is left out; their float32 values are
+        `fused_adamw.master_parameters`.
+        """
+        found = self.state_dict()
+        names = [name for name in STATE_KINDS if name in self._known_states]
+        for state in found["state"].values():
+            present = [name for name in names if name in state]
+            state.update(decoded_states(state, present, [STATE_KINDS[name] for name in present]))
+            for key in (*map(scale_key, names), *BESIDE_KEYS):
+                state.pop(key, None)
+        return found
+
+    def memory_report(self) -> MemoryReport:
+        """The memory of parameters, gradients and states, as after the first step; it prints.
+
+        Nothing is allocated, so parameters may be on the meta device.
+        """
+        return memory_report(
+            PlannedTensor(
+                param.numel(),
+                param.dtype,
+                layout,
+                len(self._state_names(group)),
+                self.ema_decay is not None,
+            )
+            for group, param, layout in self._layouts()
+            if param.requires_grad
+        )
+
+    def __repr__(self) -> str:
+        """As in torch, then how the parameters are kept."""
+        counts: dict[Layout, int] = {}
+        for _, param, layout in self._layouts():
+            if param.requires_grad:
+                counts[layout] = counts.get(layout, 0) + 1
+        lines = [f"    {layout} ({count} parameters)" for layout, count in counts.items()]
+        return "\n".join([super().__repr__(), "Precision (", *lines, ")"])
 
     # --- Pickling and copying --------------------------------------------------------------------
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), **{name: getattr(self, name) for name in _KEPT}}
+        self._refuse_swapped("copying or pickling an optimizer")
+        kept = {**super().__getstate__(), **{name: getattr(self, name) for name in _KEPT}}
+        if self._positions:
+            begun = {param: self._begun(param) for param in self._state}
+            states = {param: state for param, state in begun.items() if state}
+            kept["state"] = defaultdict(dict, states)
+        return kept
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -944,9 +1279,28 @@ class FusedOptimizer(Optimizer):
         if "_measurements" not in self.__dict__:  # a copy
             self._measurements = Measurements()
             self._swapped = False
+            self._captured = []
+            self.norm_process_groups = ()
         self._plans = {}
         self._positions = {}
         self._number = compiled.number_of(self)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        copied = type(self).__new__(type(self))
+        memo[id(self)] = copied
+        copied.__setstate__(deepcopy(self.__getstate__(), memo))
+        copied.norm_process_groups = self.norm_process_groups
+        return copied
+
+
+def master_parameters(optimizer: FusedOptimizer) -> Iterator[Tensor]:
+    """The float32 values of an optimizer's parameters, in order: what its rule works on.
+
+    Copies, of which changes do not reach the optimizer. Where nothing is beside a parameter, or a
+    first step is still to come, it is the parameter's own value.
+    """
+    for _, param, layout in optimizer._layouts():
+        yield full_value(param, layout, optimizer._state.get(param, {}))
 
 
 def _restore(former: list[tuple[dict[str, Any], Any]]) -> None:
@@ -954,7 +1308,14 @@ def _restore(former: list[tuple[dict[str, Any], Any]]) -> None:
         group["schedule_multiplier"] = multiplier
 
 
-def _initial_average(param: Tensor) -> Tensor:
+def _identity(value: Tensor, device: torch.device) -> Any:
+    """What tells a tensor of a group from another, to a step on a device."""
+    if is_read_on_host(value, device):
+        return value.item()
+    return value.data_ptr(), value.dtype
+
+
+def _widened(param: Tensor) -> Tensor:
     return param.detach().to(torch.float32, copy=True, memory_format=torch.preserve_format)
 
 

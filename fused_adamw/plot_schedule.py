@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 from fused_adamw import checks
 from fused_adamw.schedules import KINDS, Schedule, field_defaults, field_types
 
-TABLE_ROWS = 25  # at most, and the last step
+TABLE_ROWS = 100  # at most, and the last step
 POINTS = 5000  # at most, in a picture
 
 

@@ -659,7 +659,8 @@ def clip(
 ) -> Clipped:
     """``torch.nn.utils.clip_grad_norm_`` of gradients that are divided by ``grad_scale`` first.
 
-    All in float64, the factor rounded once.
+    All in float64, the factor rounded once. The norm is reported in float32: one beyond its range
+    counts as infinite.
 
     Args:
         squared_norms: of each param group's gradients as they are stored, in order.
@@ -671,6 +672,8 @@ def clip(
         for squared in squared_norms:
             total = total + np.float64(squared)
         norm = np.sqrt(total) / np.float64(grad_scale)
+        if np.isinf(np.float32(norm)):
+            norm = np.float64(np.inf)
         coefficient = np.float64(1)
         if max_grad_norm is not None:
             ratio = np.float64(max_grad_norm) / (norm + np.float64(1e-6))

@@ -15,11 +15,9 @@ from torch import Tensor
 
 from fused_adamw import _C
 from fused_adamw.device_step import DeviceInputs, DeviceStep
-from fused_adamw.engines import Engine, engine_for
+from fused_adamw.engines import Engine, device_of, engine_for
 from fused_adamw.measurements import Measurements
 from fused_adamw.whole_step import EMA, PLAIN, Outcome, StepOptions, zero
-
-_CUDA = 2  # DLPack's code
 
 
 def _use_exchange_api() -> None:
@@ -106,14 +104,16 @@ class RegisteredList:
     engine: str
     averages: bool = False  # whether it has averages of its parameters
     device_step: DeviceStep | None = None  # where coefficients are worked out on the device
+    draws: bool = field(init=False)  # whether anything is rounded stochastically
     native: _C.ParameterList = field(init=False)
     # Addresses of the parameters that a step updated before an engine failed. Not the buckets: they
     # keep the extension's list alive, unseen by Python's cycle collector.
     _stepped: frozenset[int] = field(init=False, default=frozenset())
     _lock: threading.Lock = field(init=False, default_factory=threading.Lock)
-    _engines: dict[tuple[int, int], Engine] = field(init=False, default_factory=dict)
+    _engines: dict[torch.device, Engine] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
+        self.draws = any(member.stochastic or member.beside is not None for member in self.members)
         self.native = _C.ParameterList(
             params=[member.param for member in self.members],
             states=[member.state for member in self.members],
@@ -161,7 +161,7 @@ class RegisteredList:
         Raises:
             TypeError, ValueError, RuntimeError: for a gradient that cannot be used, naming the
                 parameter; nothing has been written then. Should an engine itself fail, the buckets
-                before have been stepped and counted.
+                before have been stepped and counted; with a `device_step` all have been counted.
         """
         with self._lock:  # another thread's step would take the buckets from under an engine
             try:
@@ -188,27 +188,30 @@ class RegisteredList:
         inputs: DeviceInputs | None,
     ) -> Outcome:
         buckets = self.native.buckets()
-        engines = [self._engine(bucket) for bucket in buckets]
+        engines = [self._engine(device_of(bucket)) for bucket in buckets]
         groups = len(hyperparameters)
         coefficient = 1.0
         if self.device_step is not None:
             assert inputs is not None
-            if options.telemetry:
+            skip = torch.zeros_like(self.device_step.skip) if options.telemetry else None
+            if skip is not None:
                 scale = inputs.amp.grad_scale
-                kept = 1.0 if scale is None else scale.clone()  # the scaler will change its own
-                measurements.observe(self.native, engines, buckets, groups, kept)
-            if buckets:
-                self.device_step.prepare(self.native, engines, buckets, inputs, options)
-            else:
-                for plan in inputs.plans:
-                    plan.schedule_step.add_(1)
+                # The scaler will change its own.
+                kept = scale.clone() if isinstance(scale, torch.Tensor) else scale or 1.0
+                measurements.observe(self.native, engines, buckets, groups, kept, skip)
+            engine = self._engine(self.device_step.device)
+            self.device_step.prepare(self.native, engine, buckets, inputs, options)
+            if skip is not None:
+                skip.copy_(self.device_step.skip)
             if options.measures_norm:
                 measurements.grad_norm = self.device_step.grad_norm
         elif options.measures_norm:
             norm = measurements.measure_norm(self.native, engines, buckets, groups, options)
-            if options.skip_nonfinite and not math.isfinite(norm):
+            if options.overflow or (options.skip_nonfinite and not math.isfinite(norm)):
                 if options.zero_grads:
                     zero(self.native.zeroed)
+                if options.telemetry:
+                    measurements.observe_skip(groups)
                 return Outcome.SKIPPED
             if options.max_grad_norm is not None:
                 coefficient = _C.clip_coefficient(norm, float(options.max_grad_norm))
@@ -236,17 +239,16 @@ class RegisteredList:
         """Whether a step that failed had already updated a parameter."""
         return param.data_ptr() in self._stepped
 
-    def _engine(self, bucket: _C.Bucket) -> Engine:
+    def _engine(self, device: torch.device) -> Engine:
         if (
             self.device_step is None
-            and bucket.device_type == _CUDA
+            and device.type == "cuda"
             and torch.cuda.is_current_stream_capturing()
         ):
             raise RuntimeError(
                 "step() under CUDA graph capture: found a step count on the host, which a replay "
                 "would repeat; accepted: capturable=True and the engine 'cuda'"
             )
-        device = bucket.device_type, bucket.device_index
         if device not in self._engines:
-            self._engines[device] = engine_for(self.engine, bucket)
+            self._engines[device] = engine_for(self.engine, device)
         return self._engines[device]

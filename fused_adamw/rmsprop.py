@@ -83,6 +83,9 @@ class FusedRMSprop(FusedOptimizer):
         }
         super().__init__(params, defaults, **options)
 
+    def _is_codable(self, group: dict[str, Any]) -> bool:
+        return not group["centered"]  # the variance is a difference of states, which codes blur
+
     def _state_names(self, group: dict[str, Any]) -> tuple[str, ...]:
         centered = ("grad_avg",) if group["centered"] else ()
         momentum = ("momentum_buffer",) if group["momentum"] else ()

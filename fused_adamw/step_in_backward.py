@@ -49,12 +49,13 @@ def step_in_backward(
     written. Those that the pass had come to before are updated and stay so; gradients of others may
     be left, for ``optimizer.zero_grad()``.
 
-    What needs all gradients at once cannot be had: clipping by the global norm, skipping of steps
-    that are not finite (and so `torch.amp.GradScaler`), gradients that are reduced over processes
-    afterwards (DistributedDataParallel and the like), and activation checkpoints with
+    What needs all gradients at once cannot be had: clipping by the global norm, telemetry, skipping
+    of steps that are not finite (and so `torch.amp.GradScaler`), gradients that are reduced over
+    processes afterwards (DistributedDataParallel and the like), and activation checkpoints with
     ``use_reentrant=True``, which are backward passes within the backward pass. All of these are
     refused as far as they can be seen: a DistributedDataParallel is when it is given itself, and a
-    GradScaler when ``optimizer.grad_scale`` is set, which it is within ``scaler.step``.
+    GradScaler when ``optimizer.grad_scale`` or ``found_inf`` is set, as within ``scaler.step``.
+    ``capturable=True`` is refused, too.
 
     Args:
         model_or_params: the model, or parameters. Those that need a gradient now, and that the
@@ -96,11 +97,13 @@ class _Pass:
     Attributes:
         task: autograd's number of it.
         places: where the optimizer has its parameters.
+        begins: whether averages that it creates begin with its result.
         current: hyperparameters of each param group that the pass has come to.
     """
 
     task: int
     places: dict[Tensor, Place]
+    begins: bool
     current: dict[int, _C.Hyperparameters] = field(default_factory=dict)
 
 
@@ -166,29 +169,33 @@ class StepInBackward:
             place = self._pass.places.get(param)
             if place is None:
                 return  # it has been taken out of the optimizer
+            begins = self._pass.begins
             if place[0] in self._pass.current:
-                self.optimizer._step_alone(place, self._pass.current[place[0]])
+                self.optimizer._step_alone(place, self._pass.current[place[0]], begins)
             else:
-                self._pass.current[place[0]] = self._step_first(place)
+                self._pass.current[place[0]] = self._step_first(place, begins)
         param.grad = None
 
     def _begin(self, task: int) -> _Pass:
         _refuse_unsupported(self.optimizer)
         _refuse_nested()
         groups = self.optimizer.param_groups
-        places = self.optimizer._places()
-        return _Pass(task, {groups[place[0]]["params"][place[1]]: place for place in places})
+        places = {groups[at[0]]["params"][at[1]]: at for at in self.optimizer._places()}
+        self.optimizer._opt_called = True
+        return _Pass(task, places, self.optimizer._averages_begin())
 
-    def _step_first(self, place: Place) -> _C.Hyperparameters:
+    def _step_first(self, place: Place, begins: bool) -> _C.Hyperparameters:
         """Steps the first parameter of a group in a pass, for which the group steps as well."""
         optimizer = self.optimizer
         group = optimizer.param_groups[place[0]]
+        if isinstance(group["schedule_step"], Tensor):  # of steps on the device
+            group["schedule_step"] = int(group["schedule_step"])
         former = group["schedule_multiplier"]
         try:
             if group["schedule"] is not None:
                 group["schedule_multiplier"] = optimizer._scheduled_multiplier(place[0])
             current = optimizer._current(place[0])
-            optimizer._step_alone(place, current)
+            optimizer._step_alone(place, current, begins)
         except BaseException:
             group["schedule_multiplier"] = former
             raise
@@ -257,12 +264,20 @@ def _chosen(params: list[Tensor], optimizer: FusedOptimizer) -> list[Tensor]:
 
 
 def _refuse_unsupported(optimizer: FusedOptimizer) -> None:
-    for option in ("max_grad_norm", "skip_nonfinite", "collect_telemetry", "grad_scale"):
+    scaler = ("grad_scale", "found_inf")
+    for option in ("max_grad_norm", "skip_nonfinite", "collect_telemetry", *scaler):
         value: object = getattr(optimizer, option, None)
         if value is not None and value is not False:
+            name = option.removeprefix("collect_")
             raise RuntimeError(
-                f"step_in_backward: found {option} {value!r} of the optimizer; accepted: without, "
+                f"step_in_backward: found {name} {value!r} of the optimizer; accepted: without, "
                 "since what it needs is known only when the backward pass is over"
+            )
+    for index, group in enumerate(optimizer.param_groups):
+        if group["capturable"]:
+            raise RuntimeError(
+                f"step_in_backward: found capturable=True in param group {index}; accepted: False, "
+                "since the host counts the steps of a backward pass"
             )
 
 

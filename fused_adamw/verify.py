@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -17,8 +18,22 @@ import fused_adamw
 from fused_adamw import _C, reference
 from fused_adamw.engines import engine_status
 from fused_adamw.optimizer import FusedOptimizer
+from fused_adamw.precision import STATE_KINDS, decoded_states, full_value
 
 SHAPES = ((1000,), (64, 33), (7,), (), (0, 3), (16385,))
+# Dtypes of the parameter and its gradient, and how they are kept, for every storage format.
+STORAGES: tuple[tuple[str, str, Mapping[str, Any]], ...] = (
+    ("bfloat16", "bfloat16", {"stochastic_rounding": True}),
+    ("bfloat16", "float32", {"stochastic_rounding": True, "state_dtype": torch.float32}),
+    ("bfloat16", "bfloat16", {"precision": "master"}),
+    ("float16", "float32", {"precision": "master"}),
+    ("bfloat16", "bfloat16", {"precision": "split"}),
+    ("bfloat16", "float32", {"precision": "split", "state_dtype": torch.bfloat16}),
+    ("bfloat16", "bfloat16", {"precision": "kahan"}),
+    ("bfloat16", "bfloat16", {"precision": "8bit"}),
+    ("bfloat16", "float32", {"precision": "8bit", "remainder_bits": 16}),
+    ("float32", "float32", {"precision": "8bit"}),
+)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 LOUD = {"lr": 0.1, "weight_decay": 0.1}
 # Of every rule its class and the options under which engines run other code.
@@ -57,17 +72,19 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Problem:
-    """An optimizer, its convention of decay and the dtypes of its arrays."""
+    """An optimizer, its convention of decay and the storage format of its arrays."""
 
     make: type[FusedOptimizer]
     options: Mapping[str, Any]
     decay: str
-    dtypes: tuple[str, str, str]  # parameter, gradient, states
+    param: str
+    grad: str
+    storage: Mapping[str, Any]  # options
     seed: int
 
     def run(self, engine: str, device: str) -> Outcome:
         """Two steps with random gradients, of magnitudes from 1e-3 to 10."""
-        param, grad, state = (DTYPES[dtype] for dtype in self.dtypes)
+        param, grad = DTYPES[self.param], DTYPES[self.grad]
         generator = torch.Generator().manual_seed(self.seed)
 
         def normal(shape: tuple[int, ...]) -> Tensor:
@@ -76,7 +93,7 @@ class Problem:
         params = [normal(shape).to(param).to(device).requires_grad_() for shape in SHAPES]
         make: Any = self.make
         optimizer: FusedOptimizer = make(
-            params, engine=engine, decay=self.decay, state_dtype=state, **LOUD, **self.options
+            params, engine=engine, decay=self.decay, **self.storage, **LOUD, **self.options
         )
         for step in range(2):
             for tensor, shape in zip(params, SHAPES, strict=True):
@@ -85,20 +102,26 @@ class Problem:
                 tensor.grad = (normal(shape) * scale).to(grad).to(device)
             if step == 1:
                 before = [tensor.detach().cpu().clone() for tensor in params]
-                true = [_true_param(optimizer, tensor) for tensor in params]
-            optimizer.step()
+                true = [_true_param(optimizer, i) for i in range(len(params))]
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # no scaler drives float16
+                optimizer.step()
         found = [tensor.detach().cpu() for tensor in params]
         states = (optimizer.state.get(tensor, {}).values() for tensor in params)
         written = [*found, *(value.cpu() for value in chain.from_iterable(states))]
         return Outcome(written, found, before, true)
 
 
-def _true_param(optimizer: FusedOptimizer, param: Tensor) -> NDArray[np.float64]:
+def _true_param(optimizer: FusedOptimizer, index: int) -> NDArray[np.float64]:
     """The parameter after the next step, in float64 throughout."""
     (group,) = optimizer.param_groups
+    param = group["params"][index]
     hyperparameters = optimizer._hyperparameters(group)
     state = optimizer.state.get(param, {})
-    arrays = [param.detach(), param.grad, *(state[n] for n in optimizer._state_names(group))]
+    names = optimizer._state_names(group)
+    states = decoded_states(state, names, [STATE_KINDS[name] for name in names])
+    value = full_value(param, optimizer._layout(group, index), state)
+    arrays = [value, param.grad, *(states[name] for name in names)]
     position: dict[str, Any] = {"step": int(state["step"]) + 1 if "step" in state else 2}
     if optimizer._scalar is not None:
         position["scalar"] = float(state[optimizer._scalar])
@@ -114,13 +137,18 @@ def _true_param(optimizer: FusedOptimizer, param: Tensor) -> NDArray[np.float64]
 
 def _problems(seed: int) -> Iterator[Problem]:
     for make, options in OPTIMIZERS:
-        for dtypes in _C.FORMATS:
+        for param, grad, state in _C.FORMATS:
             for decay in _C.DECAYS:
-                yield Problem(make, options, decay, dtypes, seed)
+                plain = {"state_dtype": DTYPES[state]}
+                yield Problem(make, options, decay, param, grad, plain, seed)
+        for param, grad, storage in STORAGES:
+            yield Problem(make, options, "lr", param, grad, storage, seed)
 
 
 def _mismatches(found: Tensor, expected: Tensor) -> int:
     """How many elements differ in any bit; a NaN equals a NaN."""
+    if not found.is_floating_point():
+        return int((found != expected).sum())
     integer = {2: torch.int16, 4: torch.int32, 8: torch.int64}[found.itemsize]
     differs = found.view(integer) != expected.view(integer)
     return int((differs & ~(found.isnan() & expected.isnan())).sum())
@@ -159,7 +187,8 @@ def main(seed: int = 0) -> int:
         seed: of the random problems.
     """
     conventions = ", ".join(_C.DECAYS)
-    print(f"two steps on random problems, seed {seed}, of {len(_C.FORMATS)} storage formats")
+    formats = len(_C.FORMATS) + len(STORAGES)
+    print(f"two steps on random problems, seed {seed}, of {formats} storage formats")
     print(f"and the conventions of decay {conventions}\n")
     print("mismatches: values that differ from the float32 reference in any bit")
     print("ulps: largest error of a parameter against float64, in units of its last place\n")

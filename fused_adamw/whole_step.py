@@ -2,7 +2,7 @@
 
 Of a gradient g as it is in memory, with s the factor that the loss was multiplied by::
 
-    norm = sqrt(sum of g^2 over all parameters) / s
+    norm = sqrt(sum of g^2 over all parameters) / s          infinite where float32 cannot hold it
     coefficient = min(1, max_grad_norm / (norm + 1e-6))      as torch.nn.utils.clip_grad_norm_
     the rule sees g coefficient / s                          the factor is rounded once, to float32
     ema = ema + (1 - ema_decay) (theta - ema)                as torch.lerp, theta as it is stored
@@ -46,6 +46,7 @@ class StepOptions:
         telemetry: whether the step is observed.
         norm_process_groups: over whose ranks the squared norm is summed, one group after the other.
         grad_scale: what the loss was multiplied by.
+        overflow: whether the scaler found one, after which the norm alone is measured.
     """
 
     max_grad_norm: float | Tensor | None = None
@@ -55,6 +56,7 @@ class StepOptions:
     telemetry: bool = False
     norm_process_groups: Sequence[Any] = ()
     grad_scale: float = 1.0
+    overflow: bool = False
 
     @property
     def measures_norm(self) -> bool:

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from fused_adamw import _C, reference
-from fused_adamw.engines import Engine, engine_for
+from fused_adamw.engines import Engine, device_of, engine_for
 from fused_adamw.engines.triton import interpreted, unavailable_reason
 from fused_adamw.measurements import Measurements
 from fused_adamw.registration import Member, RegisteredList
@@ -600,8 +600,8 @@ def _cpu(level: str, threads: int) -> Engine:
 def by_name(name: str) -> Engine:
     """The engine that users call by this name."""
     return Engine(
-        lambda bucket, hyperparameters: engine_for(name, bucket).update(bucket, hyperparameters),
-        lambda bucket, sums: engine_for(name, bucket).square_sums(bucket, sums),
+        lambda bucket, values: engine_for(name, device_of(bucket)).update(bucket, values),
+        lambda bucket, sums: engine_for(name, device_of(bucket)).square_sums(bucket, sums),
     )
 
 

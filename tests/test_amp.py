@@ -202,6 +202,31 @@ def test_norm_is_that_of_unscaled_gradients(unscales: bool) -> None:
     assert_same_bits([*params, *state_tensors(optimizer, params)], expected)
 
 
+@pytest.mark.parametrize("engine", ["cpu", "cuda-on-host"])
+def test_norm_after_an_overflow(engine: str) -> None:
+    """It is that of the step that was skipped, and what was read before stays what it was."""
+    params = make_params(SHAPES)
+    optimizer = FusedAdamW(
+        params, max_grad_norm=0.5, engine=engine, capturable=engine == "cuda-on-host"
+    )
+    set_grads(params, 0)
+    optimizer.step()
+    first = optimizer.grad_norm
+    kept = first.clone()
+    for value, wanted in ((math.inf, math.inf), (math.nan, math.nan), (1.0, None)):
+        set_grads(params, 1)
+        params[1].grad[-1] = value
+        if wanted is None:  # the scaler may know of an overflow elsewhere
+            wanted = nn.utils.get_total_norm([param.grad for param in params])
+        before = everything(optimizer, params)
+        by_hand(optimizer, params)
+        assert everything(optimizer, params) == before
+        torch.testing.assert_close(
+            optimizer.grad_norm, torch.as_tensor(wanted), rtol=1e-6, atol=0, equal_nan=True
+        )
+        assert torch.equal(first, kept)
+
+
 def test_disabled_scaler() -> None:
     params = make_params(SHAPES)
     optimizer = FusedAdamW(params)

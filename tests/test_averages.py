@@ -15,10 +15,12 @@ from family import CLASSES, DROP_INS, DropIn
 from torch import Tensor
 
 from fused_adamw import FusedAdamW, FusedLion, FusedSGD, reference
+from fused_adamw import optimizer as optimizer_module
 from fused_adamw.optimizer import FusedOptimizer
 from fused_adamw.whole_step import EMA
 
 DECAY = 0.9
+IN_PLACE = r"found the averages in the parameters' place, accepted: outside of `with swap_ema\(\)`"
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 OPTIONS: dict[str, Any] = {
     "max_grad_norm": 2.0,
@@ -291,13 +293,81 @@ def test_swap_refuses_a_step_and_another_swap() -> None:
     with optimizer.swap_ema():
         means = [param.detach().clone() for param in params]
         with (
-            pytest.raises(RuntimeError, match=r"swap_ema: found the averages in place already"),
+            pytest.raises(RuntimeError, match=rf"^swap_ema: {IN_PLACE}"),
             optimizer.swap_ema(),
         ):
             pass
-        with pytest.raises(RuntimeError, match=r"step: .*swap_ema"):
+        with pytest.raises(RuntimeError, match=f"^step: {IN_PLACE}"):
             optimizer.step()
         assert_same_bits([param.detach() for param in params], means)
     assert_same_bits([param.detach() for param in params], values)
     optimizer.step()
     assert optimizer.state[params[0]]["step"] == 3
+
+
+def test_swap_refuses_checkpoints_and_copies() -> None:
+    """In which parameters and averages would have changed places."""
+    params = make_params()
+    optimizer = FusedAdamW(params, ema_decay=DECAY)
+    train(optimizer, params, range(2))
+    checkpoint = saved(optimizer.state_dict())
+    before = averages(optimizer, params)
+    kept = [average.clone() for average in before]
+    with optimizer.swap_ema():
+        for attempt, name in (
+            (optimizer.state_dict, "state_dict"),
+            (lambda: optimizer.load_state_dict(checkpoint), "load_state_dict"),
+            (lambda: copy.deepcopy(optimizer), "copying or pickling an optimizer"),
+            (lambda: pickle.dumps(optimizer), "copying or pickling an optimizer"),
+        ):
+            with pytest.raises(RuntimeError, match=f"^{name}: {IN_PLACE}"):
+                attempt()
+    assert_same_bits(averages(optimizer, params), kept)
+    assert_same_bits([state[EMA] for state in optimizer.state_dict()["state"].values()], kept)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_swap_that_fails_half_way_exchanges_nothing(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    params = make_params(dtype=dtype)
+    optimizer = FusedAdamW(params, ema_decay=DECAY)
+    train(optimizer, params, range(2))
+    tensors = [*params, *averages(optimizer, params)]
+    kept = [tensor.detach().clone() for tensor in tensors]
+    exchange, done = optimizer_module._exchange, []
+
+    def fails_third(param: Tensor, ema: Tensor) -> Tensor | None:
+        done.append(param)
+        if len(done) == 3:
+            raise MemoryError
+        return exchange(param, ema)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(optimizer_module, "_exchange", fails_third)
+        with pytest.raises(MemoryError):
+            optimizer.swap_ema().__enter__()
+    assert_same_bits([tensor.detach() for tensor in tensors], kept)
+    train(optimizer, params, range(2, 3))
+    with optimizer.swap_ema():
+        pass
+
+
+def test_averages_without_a_decay() -> None:
+    """They are kept, not swapped in: steps have left them behind. A checkpoint's warn."""
+    params = make_params()
+    optimizer = FusedAdamW(params, ema_decay=DECAY)
+    train(optimizer, params, range(2))
+    other = FusedAdamW(params)
+    with pytest.warns(UserWarning, match=r"^ema_decay: found None beside a state_dict") as caught:
+        other.load_state_dict(saved(optimizer.state_dict()))
+    assert len(caught) == 1
+    assert caught[0].filename == __file__
+    with (
+        pytest.raises(RuntimeError, match=r"^swap_ema: found ema_decay None.*accepted: a number"),
+        other.swap_ema(),
+    ):
+        pass
+    other.ema_decay = DECAY
+    with other.swap_ema():
+        assert_same_bits([param.detach() for param in params], averages(optimizer, params))

@@ -568,9 +568,15 @@ def test_gradient_dtype(optimizer: FusedAdamW, dtype: torch.dtype) -> None:
 
 
 def test_combination_of_dtypes() -> None:
-    named = [*many_params()[:-1], (f"w{MANY - 1}", nn.Parameter(torch.zeros(3).bfloat16()))]
-    optimizer = FusedAdamW(named, state_dtype=torch.float16)
-    set_grads([named[-1][1]], 0)
+    param = nn.Parameter(torch.zeros(3).bfloat16())
+    named = [*many_params()[:-1], (f"w{MANY - 1}", param)]
+    with pytest.raises(TypeError, match=r"parameter 0 \('w0'\): state_dtype: found torch.float16"):
+        FusedAdamW(named, state_dtype=torch.float16)
+    optimizer = FusedAdamW(named)
+    set_grads([param], 0)
+    optimizer.step()
+    state = optimizer.state[param]
+    state.update({name: state[name].half() for name in ("exp_avg", "exp_avg_sq")})
     with refused(
         optimizer,
         TypeError,

@@ -1,13 +1,18 @@
 """Steps that are worked out on the device: the tick of csrc/cuda/tick.h, played on the host.
 
-What a GPU has to itself (capture, replay, streams) is in tests/gpu/test_gpu_capture.py.
+What a GPU has to itself (capture, replay, streams) is in tests/gpu/test_gpu_whole_step.py.
 """
 
 from __future__ import annotations
 
 import copy
+import gc
 import io
-from collections.abc import Callable
+import math
+import pickle
+import weakref
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,7 +22,7 @@ from problems import same_bits
 from torch import Tensor, nn
 
 import fused_adamw
-from fused_adamw import FusedAdamW, FusedSGDW, device_step, schedules
+from fused_adamw import FusedAdamW, FusedSGD, FusedSGDW, device_step, schedules
 from fused_adamw.optimizer import FusedOptimizer
 from fused_adamw.schedules import CosineWarmRestarts, LinearWarmup, Product, Schedule
 
@@ -229,7 +234,162 @@ def test_registered_anew() -> None:
         assert_alike(host, device)
 
 
+@pytest.mark.parametrize("overflow", [False, True])
+def test_a_step_without_any_gradient(overflow: bool) -> None:
+    """It counts, and its norm is 0; unless the scaler has found an overflow elsewhere."""
+    runs = pair(FusedAdamW, schedule=RESTARTS, max_grad_norm=0.5)
+    for run in runs:
+        run.train(2)
+        run.optimizer.zero_grad()
+        run.optimizer.found_inf = torch.tensor(float(overflow))
+        run.optimizer.step()
+        del run.optimizer.found_inf
+    assert_alike(*runs)
+    assert runs[1].optimizer.param_groups[0]["schedule_step"] == 3 - overflow
+    if not overflow:
+        assert all(run.optimizer.grad_norm == 0 for run in runs)
+    for run in runs:
+        run.train(1)
+    assert_alike(*runs)
+
+
+def test_scaler_without_any_gradient() -> None:
+    """Whose sum of no overflows is a number."""
+    run = Run(FusedAdamW, True)
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    scaler.scale(torch.ones(()))
+    scaler.step(run.optimizer)
+    assert run.optimizer.param_groups[0]["schedule_step"] == 1
+
+
+def test_an_infinite_limit() -> None:
+    """As torch's: nothing is clipped, and of an infinite norm a NaN is left."""
+    for spoiled in (False, True):
+        runs = pair(FusedAdamW, max_grad_norm=math.inf)
+        for run in runs:
+            run.backward()
+            if spoiled:
+                run.spoil()
+            run.optimizer.step()
+        assert_alike(*runs)
+        assert runs[1].model[0].weight.isnan().all() == spoiled
+
+
+def test_a_momentum_on_the_device_may_be_zero() -> None:
+    """Whether there is one is known before its value is."""
+    device = Run(FusedSGD, True, momentum=torch.tensor(0.0))
+    device.train(2)
+    device.optimizer.param_groups[0]["momentum"].fill_(0.5)
+    device.train(2)
+    host = Run(FusedSGD, False, momentum=0.0)
+    host.train(2)
+    for param in host.model.parameters():  # torch has no buffer for a momentum of 0
+        param.grad = None
+    buffers = [device.optimizer.state[p]["momentum_buffer"] for p in device.model.parameters()]
+    assert all(buffer.any() for buffer in buffers)
+    other = Run(FusedSGD, True, momentum=torch.tensor(0.0))
+    other.train(2)
+    for want, got in zip(host.model.parameters(), other.model.parameters(), strict=True):
+        assert same_bits(want.detach(), got.detach())
+
+
+def test_rules_that_keep_nothing_share_no_count() -> None:
+    """The device's threads would all write it."""
+    run = Run(FusedSGD, True)
+    run.train(2)
+    registered = run.optimizer._registered
+    assert registered is not None
+    assert registered.device_step is not None
+    assert registered.device_step._steps == [None] * 4
+
+
+def test_numbers_on_the_cpu_are_read_when_a_step_is_enqueued(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """An lr, say, that a scheduler writes on the CPU beside parameters on a GPU."""
+    monkeypatch.setattr(device_step, "_capturing", lambda device: False)
+    gpu, check = torch.device("cuda:0"), FusedAdamW([torch.zeros(2)])._hyperparameters
+    group = {**FusedAdamW([torch.zeros(2)]).param_groups[0], "lr": torch.tensor(0.25)}
+    plan = device_step.plan_group("adam", group, gpu, check)
+    assert plan.sources == (None,) * len(plan.sources)
+    assert plan.hyperparameters.values["lr"] == 0.25
+    optimizer = FusedAdamW([torch.zeros(2)], lr=torch.tensor(0.25), max_grad_norm=torch.tensor(2.0))
+    assert optimizer._step_options(gpu).max_grad_norm == 2.0
+    optimizer.max_grad_norm = torch.tensor(-1.0)
+    with pytest.raises(ValueError, match="max_grad_norm: found -1"):
+        optimizer._step_options(gpu)
+    assert not device_step.is_read_on_host(torch.tensor(0.25), torch.device("cpu"))
+    monkeypatch.setattr(device_step, "_capturing", lambda device: True)
+    with pytest.raises(ValueError, match=r"lr: found .* on cpu, accepted: .* on cuda:0"):
+        device_step.plan_group("adam", group, gpu, check)
+
+
+@pytest.mark.parametrize("devices", [("cuda:0", "cuda:1"), ("cuda:0", "cpu")])
+def test_several_devices_leave_decisions_to_the_host(devices: tuple[str, str]) -> None:
+    optimizer = FusedAdamW([torch.zeros(2)], max_grad_norm=1.0)
+    optimizer.engine = "cuda-on-host"
+    for chosen in (devices, (devices[0], devices[0])):
+        params = [
+            SimpleNamespace(device=torch.device(name), is_cuda=name.startswith("cuda"))
+            for name in chosen
+        ]
+        optimizer.param_groups[0]["params"] = params
+        wanted = torch.device("cuda:0") if chosen[0] == chosen[1] else None
+        assert optimizer._device_of_decisions() == wanted
+
+
 # --- Checkpoints ---------------------------------------------------------------------------------
+
+
+def by_state_dict(run: Run) -> None:
+    saved = copy.deepcopy(run.optimizer.state_dict())
+    assert saved["state"] == {}
+    run.optimizer.load_state_dict(saved)
+
+
+def by_pickle(run: Run) -> None:
+    saved = pickle.loads(pickle.dumps((run.model, run.optimizer)))
+    run.model, run.optimizer = saved
+    assert not any(run.optimizer.state.values())
+
+
+def by_the_host(run: Run) -> None:
+    for group in run.optimizer.param_groups:
+        group["capturable"] = False
+    run.optimizer.engine = "cpu"
+
+
+def by_nothing(run: Run) -> None:
+    """Goes on."""
+
+
+@pytest.mark.parametrize("across", [by_state_dict, by_pickle, by_the_host, by_nothing])
+@pytest.mark.parametrize("late", [False, True], ids=["", "with a gradient that comes late"])
+def test_overflow_in_the_first_step(across: Callable[[Run], None], late: bool) -> None:
+    """What the device has not begun is in no checkpoint."""
+    runs = pair(FusedSGD, momentum=0.9, dampening=0.5, ema_decay=0.5, skip_nonfinite=True)
+    for run in runs:
+        run.backward()
+        run.spoil()
+        if late:
+            run.model[0].bias.grad = None
+        run.optimizer.step()
+    across(runs[1])
+    for run in runs:
+        run.train(2)
+    assert_alike(*runs)
+
+
+def test_average_that_is_added_after_an_overflow() -> None:
+    """The states that the overflow left have not begun either."""
+    runs = pair(FusedSGD, momentum=0.9, dampening=0.5, skip_nonfinite=True)
+    for run in runs:
+        run.backward()
+        run.spoil()
+        run.optimizer.step()
+        run.optimizer.ema_decay = 0.5
+        run.train(2)
+    assert_alike(*runs)
 
 
 @all_classes
@@ -268,6 +428,98 @@ def test_back_to_the_host() -> None:
     host.train(3)
     device.train(3)
     assert_alike(host, device)
+
+
+# --- What captured graphs use --------------------------------------------------------------------
+
+
+def memory_of(held: Any) -> Iterator[Tensor]:
+    """Every tensor that is reached from an object through tuples, lists, dicts and attributes."""
+    if isinstance(held, Tensor):
+        yield held
+    elif isinstance(held, tuple | list):
+        for item in held:
+            yield from memory_of(item)
+    elif isinstance(held, dict):
+        yield from memory_of(list(held.values()))
+    elif isinstance(held, device_step.DeviceStep | device_step._Table | device_step.GroupPlan):
+        yield from memory_of(vars(held))
+
+
+@pytest.mark.parametrize("captured", [False, True])
+def test_a_captured_step_keeps_its_memory(monkeypatch: pytest.MonkeyPatch, captured: bool) -> None:
+    """As long as the optimizer lives, though reading its state gives up what is registered."""
+    run = Run(FusedSGDW, True, schedule=RESTARTS, momentum=0.9, **WHOLE)
+    run.optimizer.found_inf = torch.tensor(0.0)
+    run.train(1)
+    if captured:
+        with monkeypatch.context() as patch:
+            patch.setattr(device_step, "_capturing", lambda device: True)
+            run.train(1)
+    registered = run.optimizer._registered
+    assert registered is not None
+    assert registered.device_step is not None
+    tables = registered.device_step._tables
+    assert tables.keys() == {"ends", "groups", "parameters", "schedule 0", "schedule 1"}
+    own = {id(tensor): weakref.ref(tensor) for tensor in memory_of(vars(registered.device_step))}
+    assert len(own) >= 4 + len(tables)
+    shared = {id(tensor) for tensor in memory_of([*map(list, run.optimizer._positions.values())])}
+    del registered, tables
+    run.optimizer.found_inf = torch.tensor(0.0)
+    run.optimizer.state_dict()
+    run.optimizer.param_groups[0]["eps"] = 0.5
+    run.train(1)
+    gc.collect()
+    alive = [reference() is not None for key, reference in own.items() if key not in shared]
+    assert alive == [captured] * len(alive)
+    copied = copy.deepcopy(run.optimizer)
+    assert copied._captured == []
+
+
+def test_steps_outside_leave_the_tables_of_a_captured_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the same length, with other values or gradients."""
+    run = Run(FusedAdamW, True, schedule=RESTARTS, **WHOLE)
+    bias = run.model[0].bias
+    run.train(1)
+    for weight_decay in (0.3, 0.4):
+        with monkeypatch.context() as patch:
+            patch.setattr(device_step, "_capturing", lambda device: True)
+            run.train(1)
+        registered = run.optimizer._registered
+        assert registered is not None
+        assert registered.device_step is not None
+        tables = dict(registered.device_step._tables)
+        content = {name: table.memory.clone() for name, table in tables.items()}
+        for _ in range(2):
+            run.optimizer.param_groups[0]["weight_decay"] = weight_decay
+            run.optimizer.param_groups[1]["schedule"] = schedules.StepDecay(3)
+            run.backward()
+            bias.grad, kept = None, bias.grad
+            run.optimizer.step()
+            bias.grad = kept
+            run.train(1)
+        for name, table in tables.items():
+            assert torch.equal(table.memory, content[name]), name
+        again = registered.device_step._tables
+        assert again["groups"].memory is not tables["groups"].memory
+        before = again["groups"].memory
+        run.optimizer.param_groups[0]["weight_decay"] = 2 * weight_decay
+        run.train(1)
+        assert again["groups"].memory is before  # no graph's: written over
+
+
+def test_first_step_under_capture_creates_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    for steps, found in ((0, "a first step of a param group"), (1, "parameters that are not")):
+        run = Run(FusedAdamW, True)
+        run.train(steps)
+        run.optimizer.state.clear()
+        run.backward()
+        monkeypatch.setattr(device_step, "_capturing", lambda device: True)
+        with pytest.raises(RuntimeError, match=f"under CUDA graph capture: found {found}"):
+            run.optimizer.step()
+        monkeypatch.undo()
+        assert not run.optimizer._state
+        assert isinstance(run.optimizer.param_groups[0]["schedule_step"], Tensor) == bool(steps)
 
 
 # --- Bad input -----------------------------------------------------------------------------------
@@ -342,7 +594,10 @@ def test_capture_refuses_what_a_replay_would_repeat(monkeypatch: pytest.MonkeyPa
         patch.setattr(device_step, "_capturing", lambda device: True)
         run.train(1)  # as the last step
         run.optimizer.param_groups[0]["eps"] = 0.5
-        refused(run, RuntimeError, "under CUDA graph capture: found param groups.* that changed")
+        run.backward()
+        with pytest.raises(RuntimeError, match=r"graph capture: found param groups, .* changed"):
+            run.optimizer.step()
+        refused(run, RuntimeError, "parameters that are not registered: .* state_dict.. was read;")
     run.train(1)
     first = Run(FusedAdamW, True)
     with monkeypatch.context() as patch:

@@ -34,6 +34,7 @@ SOURCES = [p for p in sorted(CSRC.rglob("*")) if p.suffix in (".h", ".cuh", ".cp
 IMPORTS = {
     "triton_kernels/*.py": r"(torch|triton)(\..*)?",
     "fused_adamw/reference.py": r"numpy(\..*)?",
+    "fused_adamw/reference_formats.py": r"(numpy|fused_adamw\.reference)(\..*)?",
     "fused_adamw/schedules.py": r"fused_adamw\.checks",  # no library's arithmetic
     "fused_adamw/plot_schedule.py": r"(matplotlib|fused_adamw)(\..*)?",  # where it is installed
     "fused_adamw/**/*.py": r"(torch|numpy|triton|typing_extensions|fused_adamw)(\..*)?",

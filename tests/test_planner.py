@@ -7,11 +7,12 @@ from itertools import pairwise
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from problems import ADAM, BF16, F32, Parameter, Problem, State
 
-from fused_adamw import _C
+from fused_adamw import _C, FusedAdamW
 
 CHUNK = _C.CHUNK
 GRID = 2**31 - 1  # most blocks in x that CUDA launches
@@ -171,6 +172,18 @@ def test_launches_of_many_param_groups() -> None:
         state.gather()
         buckets = state.registered.native.buckets()
         assert sum(_C.count_cuda_launches(bucket) for bucket in buckets) == most
+
+
+def test_launches_of_a_whole_step() -> None:
+    """What a step does beside its rule takes room, but not of 465 parameters."""
+    params = [torch.zeros(1, requires_grad=True) for _ in range(465)]
+    for param in params:
+        param.grad = torch.ones(1)
+    optimizer = FusedAdamW(params, ema_decay=0.9, zero_grads=True)
+    optimizer.step()
+    assert optimizer._registered is not None
+    buckets = optimizer._registered.native.buckets()
+    assert [_C.count_cuda_launches(bucket) for bucket in buckets] == [1]
 
 
 # --- Ranges of the CPU engine --------------------------------------------------------------------

@@ -672,6 +672,8 @@ def test_engine_updates_memory_in_place(
         param_dtype=dtypes[0],
         grad_dtype=dtypes[1],
         state_dtype=dtypes[2],
+        beside="",
+        stochastic=False,
         addresses=np.array([[a.ctypes.data if a.size else 0 for a in row] for row in memory]),
         numels=np.array(numels),
         groups=np.array(groups),
@@ -680,8 +682,10 @@ def test_engine_updates_memory_in_place(
         scalars=np.zeros(len(steps)),
         rows=np.array(rows, np.int32),
         # The rule's own are computed anew.
-        coefficients=np.array([[np.nan, *row] for row in factors], np.float32),
+        coefficients=np.array([[np.nan, *row, 0] for row in factors], np.float32),
         emas=np.array([a.ctypes.data if a.size else 0 for a in averages if whole], np.int64),
+        keys=np.zeros(len(steps), np.uint64),
+        offsets=np.zeros(len(steps), np.int64),
         zero_grads=whole,
         observed=0,
     )

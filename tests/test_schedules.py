@@ -449,12 +449,14 @@ def words(schedule: Schedule) -> list[str]:
 
 @by_kind
 def test_prints_a_table(schedule: Schedule, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["schedule", *words(schedule), "--steps", "113"]) == 0
-    heading, *rows = capsys.readouterr().out.splitlines()
-    assert heading.split() == ["step", "multiplier"]
-    table = {int(t): float(eta) for t, eta in map(str.split, rows)}
-    assert list(table) == [*range(0, 113, 5), 112]
-    assert table == {t: pytest.approx(schedule(t), rel=1e-5) for t in table}  # six digits
+    """Of every step where they are few, so that no short period is overlooked."""
+    for count, printed in ((100, range(100)), (413, [*range(0, 413, 5), 412])):
+        assert main(["schedule", *words(schedule), "--steps", str(count)]) == 0
+        heading, *rows = capsys.readouterr().out.splitlines()
+        assert heading.split() == ["step", "multiplier"]
+        table = {int(t): float(eta) for t, eta in map(str.split, rows)}
+        assert list(table) == list(printed)
+        assert table == {t: pytest.approx(schedule(t), rel=1e-5) for t in table}  # six digits
 
 
 def test_options_have_the_defaults_of_the_fields(capsys: pytest.CaptureFixture[str]) -> None:

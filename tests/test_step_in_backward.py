@@ -99,7 +99,6 @@ def test_follows_schedules(cls: Any) -> None:
     """Eta of the paper by the group's schedule, alpha by torch's."""
     twins = Twins(cls, **EVERY, schedule=RESTARTS)
     schedulers = [lr_scheduler.ExponentialLR(optimizer, 0.5) for _, optimizer in twins.both()]
-    twins.ours.step()  # or torch's schedulers complain
     for t in range(5):
         twins.train(1)
         for group in twins.ours.param_groups:
@@ -108,6 +107,32 @@ def test_follows_schedules(cls: Any) -> None:
         for scheduler in schedulers:
             scheduler.step()
     twins.check()
+
+
+def test_torchs_schedulers_see_the_steps(recwarn: pytest.WarningsRecorder) -> None:
+    """They warn where none precedes theirs."""
+    model = make_model()
+    optimizer = FusedAdamW(model.parameters())
+    step_in_backward(model, optimizer)
+    scheduler = lr_scheduler.ExponentialLR(optimizer, 0.5)
+    backward(model, 0)
+    scheduler.step()
+    assert not recwarn.list
+
+
+@each
+def test_averages(cls: Any) -> None:
+    """They begin as those of a step, also of a layer that the first pass does not reach."""
+    twins = Twins(cls, **EVERY, ema_decay=0.75)
+    for model, optimizer in twins.both():
+        model[:-1](batch(0)).square().mean().backward()
+        if optimizer is twins.plain:
+            optimizer.step()
+    for steps in (0, 1, 2):
+        twins.train(steps)
+        params = [list(model.parameters()) for model, _ in twins.both()]
+        ours, plain = state_tensors(twins.ours, params[0]), state_tensors(twins.plain, params[1])
+        assert_same_bits([*params[0], *ours], [*params[1], *plain])
 
 
 def test_step_meanwhile_does_no_harm() -> None:
@@ -406,7 +431,13 @@ def test_second_registration_is_refused() -> None:
     twins.check()
 
 
-OPTIONS = [("max_grad_norm", 1.0), ("skip_nonfinite", True), ("grad_scale", torch.ones(()))]
+OPTIONS = [
+    ("max_grad_norm", 1.0),
+    ("skip_nonfinite", True),
+    ("collect_telemetry", True),
+    ("grad_scale", torch.ones(())),
+    ("found_inf", torch.zeros(())),  # as a scaler that has unscaled leaves it alone
+]
 
 
 @pytest.mark.parametrize(("option", "value"), OPTIONS, ids=lambda value: str(value))
@@ -423,13 +454,63 @@ def test_options_that_need_all_gradients_are_refused(option: str, value: Any, wh
         "backward": lambda: backward(model, 0),
         "step": optimizer.step,
     }
-    with pytest.raises(RuntimeError, match=f"step_in_backward: found {option} .*accepted: without"):
+    name = option.removeprefix("collect_")
+    with pytest.raises(RuntimeError, match=f"step_in_backward: found {name} .*accepted: without"):
         act[when]()
     assert_same_bits(list(model.parameters()), before)
     if when == "before":
         delattr(optimizer, option)
         backward(model, 0)
         assert all(param.grad is not None for param in model.parameters())
+
+
+@pytest.mark.parametrize("when", ["before", "backward", "step"])
+def test_capturable_is_refused(when: str) -> None:
+    model = make_model()
+    optimizer = FusedAdamW(model.parameters(), capturable=when == "before")
+    if when != "before":
+        step_in_backward(model, optimizer)
+    optimizer.param_groups[0]["capturable"] = True
+    act: dict[str, Callable[[], Any]] = {
+        "before": lambda: step_in_backward(model, optimizer),
+        "backward": lambda: backward(model, 0),
+        "step": optimizer.step,
+    }
+    with pytest.raises(RuntimeError, match="found capturable=True in param group 0; accepted: F"):
+        act[when]()
+
+
+def test_after_steps_on_the_device() -> None:
+    """Which left their counts there, and one of which was skipped."""
+    models, optimizers = [], []
+    for on_device in (False, True):
+        model = make_model()
+        optimizer = FusedAdamW(
+            model.parameters(),
+            **LOUD,
+            schedule=schedules.StepDecay(1),
+            capturable=on_device,
+            ema_decay=0.5,
+            engine="cuda-on-host" if on_device else "cpu",
+        )
+        if on_device:
+            optimizer.found_inf = torch.ones(())
+            backward(model, 0)
+            optimizer.step()
+            optimizer.zero_grad()
+            del optimizer.found_inf
+        backward(model, 1)
+        optimizer.step()
+        optimizer.zero_grad()
+        optimizer.param_groups[0]["capturable"] = False
+        step_in_backward(model, optimizer)
+        for t in (2, 3):
+            backward(model, t)
+        assert optimizer.param_groups[0]["schedule_step"] == 3
+        models.append(list(model.parameters()))
+        optimizers.append([value for s in optimizer.state.values() for value in s.values()])
+    assert_same_bits(*models)
+    assert_same_bits(*optimizers)
 
 
 @pytest.mark.parametrize("reentrant", [True, False])

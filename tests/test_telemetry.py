@@ -173,11 +173,44 @@ def test_the_last_step_that_was_observed_stands() -> None:
     found = optimizer.telemetry()
     set_grads(params, 1)
     params[0].grad[0, 0] = np.nan
-    optimizer.step()
-    assert optimizer.telemetry() == found
     optimizer.collect_telemetry = False
+    optimizer.step()
     train(optimizer, params, range(2, 3))
     assert optimizer.telemetry() == found
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda-on-host"])
+@pytest.mark.parametrize("reason", ["found_inf", "found_inf beside a norm", "norm"])
+def test_a_skipped_step_has_no_numbers(device: str, reason: str) -> None:
+    """On the host and on the device alike, at the first step and later, until one is taken."""
+    for steps in (0, 2):
+        groups = [make_params([(5,), (7,)]), make_params([(3,)])]
+        params = [param for group in groups for param in group]
+        optimizer = FusedAdamW(
+            [{"params": group} for group in groups],
+            engine=device,
+            capturable=device == "cuda-on-host",
+            telemetry=True,
+            skip_nonfinite=reason != "found_inf",
+        )
+        train(optimizer, params, range(steps))
+        set_grads(params, steps)
+        params[0].grad[2] = np.inf
+        if reason != "norm":
+            optimizer.found_inf = torch.ones(())
+        optimizer.step()
+        found = optimizer.telemetry()
+        assert found is not None
+        assert [of_group.skipped for of_group in found] == [True, True]
+        for of_group in found:
+            assert of_group.nonfinite_grads is None
+            numbers = (*of_group[:3], of_group.lost_fraction)
+            assert all(map(np.isnan, numbers))
+            assert all(type(number) is float for number in numbers)
+        optimizer.found_inf = torch.zeros(())
+        train(optimizer, params, range(steps, steps + 1))
+        assert optimizer.telemetry() != found
+        assert not any(of_group.skipped for of_group in optimizer.telemetry())
 
 
 @pytest.mark.skipif(not TRITON_ENGINES, reason="Triton is missing, or does not interpret")

@@ -23,7 +23,7 @@ from triton_memory import BF16, DEVICE, F16, F32, Array, Placed, assert_same, sp
 from fused_adamw import reference, triton_kernels
 from fused_adamw.engines import engine_for
 from fused_adamw.engines import triton as engine
-from fused_adamw.triton_kernels import tables, update
+from fused_adamw.triton_kernels import formats, tables, update
 
 Dtypes = tuple[str, str, str]
 
@@ -103,7 +103,7 @@ def coefficients(rows: Sequence[Row]) -> Array:
         [
             [
                 *dataclasses.astuple(reference.adam_coefficients(np.float32, **h)),
-                *(grad_factor, ema_weight),
+                *(grad_factor, ema_weight, 0.0),  # nothing is drawn
             ]
             for h, grad_factor, ema_weight in rows
         ],
@@ -142,15 +142,17 @@ def launch(
     addresses = torch.tensor([[slot.address for slot in slots] for slots in tensors])
     with np.errstate(all="ignore"):
         triton_kernels.launch(
-            addresses[:, :-1] if ema else addresses,
-            torch.tensor(numels),
-            torch.tensor(rows, dtype=torch.int32),
+            triton_kernels.TensorList(
+                addresses[:, :-1] if ema else addresses,
+                torch.tensor(numels),
+                torch.tensor(rows, dtype=torch.int32),
+                emas=addresses[:, -1] if ema else None,
+            ),
             torch.from_numpy(table),
-            emas=addresses[:, -1] if ema else None,
             zero_grads=zero_grads,
             rule=rule,
             options=options,
-            dtypes=dtypes,
+            format=triton_kernels.Format(*dtypes),
             device=DEVICE,
         )
 
@@ -258,15 +260,15 @@ def test_alignment_is_promised_only_where_it_is_true(monkeypatch: pytest.MonkeyP
     update_range = update.update_range
     promised = []
 
-    def watch(slots: Any, begin: Any, end: Any, *rest: Any) -> None:
-        *_, dtypes, _ema, _zero_grads, aligned = rest
+    def watch(slots: Any, source: Any, begin: Any, end: Any, *rest: Any) -> None:
+        *_, layout, aligned = rest
         promised.append(aligned)
         if aligned:
             assert int(end.handle.data[0]) % 16 == 0
-            for slot, dtype in zip(slots, dtypes, strict=True):
+            for slot, dtype in zip(slots, layout.DTYPES, strict=True):
                 offset = int(begin.handle.data[0]) * dtype.primitive_bitwidth // 8
                 assert (int(slot.handle.data[0]) + offset) % 16 == 0
-        update_range(slots, begin, end, *rest)
+        update_range(slots, source, begin, end, *rest)
 
     monkeypatch.setattr(update, "update_range", watch)
     dtypes = (BF16, F32, BF16)
@@ -316,7 +318,7 @@ def run_take_grad(
 ) -> tuple[Array, Array]:
     state = np.zeros(len(param), reference.STORAGE_DTYPES[dtypes[2]])
     placed = [Placed(param), Placed(grad), Placed(state)]
-    table = np.array([[scale, 1, 0]], np.float32)
+    table = np.array([[scale, 1, 0, 0]], np.float32)
     launch([placed], [len(param)], [0], table, dtypes, take_grad, ())
     return placed[0].read(), placed[2].read()
 
@@ -367,7 +369,12 @@ def test_index_beyond_31_bits() -> None:
         torch.tensor(chunks, dtype=torch.int32, device=DEVICE),
         torch.tensor([record], device=DEVICE),
         torch.from_numpy(table).to(DEVICE),
-        **update.constants(ADAM, (False, False, False), (F32, F32, F32), 2, table.shape[1] - 2),
+        **update.constants(
+            ADAM,
+            (False, False, False),
+            table.shape[1] - update.PASS_COEFFICIENTS.value,
+            formats.layout(formats.Format(F32, F32, F32), states=2),
+        ),
         **update.COMPILE_OPTIONS,
     )
     wanted = stepped(slots, [F32] * 4, Row(LOUD), amsgrad=False, ema=False, zero_grads=False)
@@ -387,15 +394,16 @@ def test_chunk_table_lists_every_tile_once() -> None:
 def test_nothing_to_do(tensors: int) -> None:
     table = coefficients([Row(LOUD)])
     triton_kernels.launch(
-        torch.zeros(tensors, 4, dtype=torch.int64),
-        torch.zeros(tensors, dtype=torch.int64),
-        torch.zeros(tensors, dtype=torch.int32),
+        triton_kernels.TensorList(
+            torch.zeros(tensors, 4, dtype=torch.int64),
+            torch.zeros(tensors, dtype=torch.int64),
+            torch.zeros(tensors, dtype=torch.int32),
+        ),
         torch.from_numpy(table),
-        emas=None,
         zero_grads=True,
         rule=ADAM,
         options=(False, False, False),
-        dtypes=(F32, F32, F32),
+        format=triton_kernels.Format(F32, F32, F32),
         device=DEVICE,
     )
 
@@ -406,6 +414,7 @@ def bucket(slots: list[Placed], numel: int, row: Row, ema: bool, zero_grads: boo
     arrays: dict[str, Array] = {
         "addresses": addresses[:, :-1] if ema else addresses,
         "emas": addresses[:, -1] if ema else np.empty(0, np.int64),
+        "scales": np.empty(0, np.int64),
         "numels": np.array([numel], np.int64),
         "rows": np.zeros(1, np.int32),
         "coefficients": coefficients([row]),
@@ -418,6 +427,8 @@ def bucket(slots: list[Placed], numel: int, row: Row, ema: bool, zero_grads: boo
         param_dtype=BF16,
         grad_dtype=F32,
         state_dtype=F32,
+        beside="",
+        stochastic=False,
         zero_grads=zero_grads,
         **arrays,
     )
@@ -441,9 +452,8 @@ def test_engine_adapter(ema: bool, zero_grads: bool) -> None:
 
 @pytest.mark.skipif(not engine.interpreted(), reason="Triton compiles here")
 def test_engine_refuses_the_wrong_device() -> None:
-    on_gpu = SimpleNamespace(device_type=2, device_index=0)
     with pytest.raises(RuntimeError, match="does not work on tensors on cuda:0"):
-        engine_for("triton", on_gpu)
+        engine_for("triton", torch.device("cuda:0"))
 
 
 def test_reason_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:

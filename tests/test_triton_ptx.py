@@ -24,7 +24,7 @@ from bench.kernels.names import BYTES
 from bench.kernels.triton_compiler import Case, compile_case, compile_norm
 from fused_adamw.triton_kernels import RULES, norm, update
 
-F32, BF16, F16 = "float32", "bfloat16", "float16"
+F32, BF16, F16, CODE8 = "float32", "bfloat16", "float16", "code8"
 
 ELEMENTS_PER_THREAD = 8
 
@@ -65,7 +65,27 @@ WHOLE_STEPS = [
     Case(RULES["adam"], ADAMW, MAIN[1], states=2, ema=True),
     Case(RULES["adam"], ADAMW, MAIN[1], states=2, zero_grads=True),
 ]
-CASES += WHOLE_STEPS
+MOMENTS, AMSGRAD_MOMENTS = ("signed", "square"), ("signed", "square", "square")
+FORMATS = [
+    Case(RULES["adam"], ADAMW, (F32, F32, CODE8), states=2, kinds=MOMENTS),
+    Case(RULES["adam"], ADAMW, (BF16, BF16, BF16), states=2, stochastic=True),
+    Case(RULES["adam"], ADAMW, (BF16, F32, F32), states=2, stochastic=True),
+    Case(RULES["adam"], ADAMW, (BF16, BF16, F32), states=2, beside="master"),
+    Case(RULES["adam"], ADAMW, (F16, F16, F32), states=2, beside="master"),
+    Case(RULES["adam"], ADAMW, (BF16, BF16, F32), states=2, beside="remainder16"),
+    Case(RULES["adam"], ADAMW, (BF16, BF16, BF16), states=2, beside="remainder16"),
+    Case(RULES["adam"], ADAMW, (BF16, BF16, CODE8), 2, "remainder16", kinds=MOMENTS),
+    Case(RULES["adam"], ADAMW, (BF16, BF16, CODE8), 2, "remainder8", kinds=MOMENTS),
+    Case(RULES["adam"], ADAMW, (BF16, BF16, BF16), states=2, beside="compensation"),
+    Case(
+        *(RULES["adam"], L2_AMSGRAD, (BF16, F32, CODE8), 3, "remainder8"),
+        kinds=AMSGRAD_MOMENTS,
+        ema=True,
+        zero_grads=True,
+    ),
+    Case(RULES["adamax"], (), (F32, BF16, CODE8), states=2, kinds=("signed", "magnitude")),
+]
+CASES += [*WHOLE_STEPS, *FORMATS]
 NORM_DTYPES = [F32, BF16, F16]
 # Coefficients that options leave out: l2 and b; b; momentum, c and ahead.
 UNUSED = {("adam", ADAMW): 2, ("adam", L2_AMSGRAD): 1, ("sgd", (False, False)): 3}
@@ -76,14 +96,15 @@ Compiled = dict[str, str]  # see compile_case
 
 
 def label(case: Case) -> str:
+    beside = [case.beside] if case.beside else ["stochastic"] * case.stochastic
     passes = ["ema"] * case.ema + ["zero"] * case.zero_grads
-    return "-".join([case.rule.__name__, *case.dtypes, *map(str, case.options), *passes])
+    options = map(str, case.options)
+    return "-".join([case.rule.__name__, *case.dtypes, *beside, *options, *passes])
 
 
-def slots(case: Case) -> list[str]:
-    """The storage dtype of each array."""
-    param, grad, state = case.dtypes
-    return [param, grad, *[state] * case.states, *[F32] * case.ema]
+def element_sizes(case: Case) -> list[int]:
+    """Bytes of an element of each array."""
+    return [dtype.primitive_bitwidth // 8 for dtype in case.layout.DTYPES]
 
 
 @pytest.fixture(scope="module")
@@ -105,9 +126,14 @@ def accesses(ptx: str) -> Counter[tuple[str, int]]:
 def table_loads(case: Case) -> Counter[tuple[str, int]]:
     """The accesses that find out what to do."""
     of_the_rule = case.coefficients - UNUSED.get((case.rule.__name__, case.options), 0)
-    coefficients = of_the_rule + 1 + case.ema  # the gradient's factor, the average's weight
-    chunk, addresses, numel, row = 2, len(slots(case)), 1, 1
-    return Counter({("ld", 32): chunk + coefficients, ("ld", 64): addresses + numel + row})
+    draws = case.layout.DRAWS
+    # The gradient's factor, the average's weight, the number of steps.
+    coefficients = of_the_rule + 1 + case.ema + draws
+    addresses = len(element_sizes(case)) + len(case.kinds)
+    chunk, numel, row, key, first = 2, 1, 1, draws, draws
+    return Counter(
+        {("ld", 32): chunk + coefficients, ("ld", 64): addresses + numel + row + key + first}
+    )
 
 
 all_cases = pytest.mark.parametrize("case", CASES, ids=label)
@@ -117,21 +143,27 @@ all_cases = pytest.mark.parametrize("case", CASES, ids=label)
 def test_aligned_memory_goes_by_16_byte_accesses(
     case: Case, compiled: dict[Case | str, Compiled]
 ) -> None:
-    rest_bits = 8 * BYTES[case.dtypes[0]]
     packs, rest = table_loads(case), Counter[tuple[str, int]]()
-    for slot, dtype in enumerate(slots(case)):
+    for slot, size in enumerate(element_sizes(case)):
         kinds = ["ld"] if slot == update.GRAD.value and not case.zero_grads else ["ld", "st"]
+        if slot == update.PARAM.value and case.beside == "master":
+            kinds = ["st"]
+        bits = 8 * size * ELEMENTS_PER_THREAD  # of arrays of bytes, no more than 8 of them
         for kind in kinds:
-            packs[kind, 128] += ELEMENTS_PER_THREAD * BYTES[dtype] // 16
-            rest[kind, 8 * BYTES[dtype]] += 1  # element by element
+            packs[kind, min(bits, 128)] += -(-bits // 128)
+            rest[kind, 8 * size] += 1  # element by element
+    for scales in (packs, rest):
+        scales["ld", 32] += len(case.kinds)
+        scales["st", 32] += len(case.kinds)
     found = accesses(compiled[case]["ptx"])
     # Where a rule is short, the compiler unrolls the loop over the rest.
-    unrolled = found["st", rest_bits] // rest["st", rest_bits]
+    stored = ("st", 8 * element_sizes(case)[0])
+    unrolled = (found - packs)[stored] // rest[stored]
     assert unrolled in (1, 2, 4)
     assert found == packs + Counter({access: unrolled * n for access, n in rest.items()})
 
 
-@pytest.mark.parametrize("case", WHOLE_STEPS, ids=label)
+@pytest.mark.parametrize("case", [*WHOLE_STEPS, *FORMATS], ids=label)
 def test_local_memory_is_not_used(case: Case, compiled: dict[Case | str, Compiled]) -> None:
     assert not spills(compiled[case])
 
@@ -147,6 +179,24 @@ def test_every_access_to_a_tensor_is_masked(
     lines = re.findall(r"^.*\b(?:ld|st)\.global.*$", compiled[case]["ptx"], re.MULTILINE)
     without = accesses("\n".join(line for line in lines if "@%p" not in line))
     assert without == table_loads(case)
+
+
+@all_cases
+def test_operations_are_rounded_one_by_one(
+    case: Case, compiled: dict[Case | str, Compiled]
+) -> None:
+    ptx = compiled[case]["ptx"]
+    assert not re.search(r"\bfma\b|\bmad\.\S*f\d|\.ftz\b|\.approx\b|\.full\b", ptx)
+    assert set(re.findall(r"\b(?:div|sqrt)\.\S*", ptx)) <= {"div.rn.f32", "sqrt.rn.f32"}
+
+
+@pytest.mark.parametrize("case", [case for case in FORMATS if case.kinds], ids=label)
+def test_blocks_of_codes_stay_within_a_warp(
+    case: Case, compiled: dict[Case | str, Compiled]
+) -> None:
+    """Where memory is aligned 8 threads have a block: 3 exchanges find its largest magnitude."""
+    exchanges = re.findall(r"shfl\.sync\.bfly\.b32\s.*, (\d+), 31, -1;", compiled[case]["ptx"])
+    assert exchanges[: 3 * case.states] == ["4", "2", "1"] * case.states
 
 
 def test_ptxas_fuses_nothing(compiled: dict[Case | str, Compiled]) -> None:

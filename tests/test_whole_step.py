@@ -38,6 +38,7 @@ from problems import (
     array,
     assert_same_bits,
     differences,
+    same_bits,
 )
 
 from fused_adamw import FusedAdamW, reference
@@ -290,6 +291,42 @@ def test_squares_beyond_the_range_of_float32(magnitude: float) -> None:
     state.step_by_reference()
     assert state.measurements.grad_norm is not None
     assert state.measurements.grad_norm / magnitude == pytest.approx(200 / SCALE, rel=0.02)
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("skip", [False, True], ids=["goes on", "is skipped"])
+def test_a_norm_that_float32_cannot_hold_is_infinite(skip: bool) -> None:
+    """To what decides as to what is reported, though every gradient is finite."""
+
+    def draw(rng: np.random.Generator, numel: int, dtype: str, square: bool) -> Any:
+        return np.full(numel, 3e38, np.float32)
+
+    options = StepOptions(max_grad_norm=1.0, skip_nonfinite=skip)
+    problem = Problem(SGD, SGD.groups()[:1], [Parameter(4)], draw, options=options)
+    assert_same_bits(problem, HOST_ENGINES | REFERENCE_ENGINE)
+    state = State(problem)
+    before = state.read(0, "param").copy()
+    state.step_by_reference()
+    assert state.measurements.grad_norm == math.inf
+    assert np.isfinite(state.read(0, "param")).all()  # torch's coefficient is 0
+    params = [torch.full((4,), 1.0, requires_grad=True) for _ in range(3)]
+    for param, engine in zip(params, ("cpu", "cuda-on-host", "reference"), strict=True):
+        param.grad = torch.full((4,), 3e38)
+        optimizer = FusedAdamW(
+            [param],
+            lr=0.1,
+            weight_decay=0.1,
+            engine=engine,
+            capturable=engine == "cuda-on-host",
+            max_grad_norm=1.0,
+            skip_nonfinite=skip,
+            telemetry=True,
+        )
+        optimizer.step()
+        assert optimizer.grad_norm == math.inf
+        assert same_bits(param.detach(), params[0].detach())
+        assert (param == (1.0 if skip else 0.99)).all()
+    assert skip == (state.read(0, "param") == before).all()
 
 
 @pytest.mark.parametrize("values", [np.inf, np.nan])

@@ -71,6 +71,38 @@ def test_every_class_takes_and_checks_options(cls: Any) -> None:
         cls(make_params(), max_grad_norm=0.0)
 
 
+OF_ALL_GROUPS = {**GOOD, "engine": "cpu", "state_dtype": torch.float32}
+
+
+@pytest.mark.parametrize("name", OF_ALL_GROUPS)
+def test_option_of_all_groups_in_one(name: str) -> None:
+    """It would have no effect there: at construction, and for a group that comes later."""
+    first, second = make_params([(3, 4), (5,)])
+    message = rf"^param group 1: {name}: found .*; accepted: as an option of the optimizer"
+    group = {"params": [second], name: OF_ALL_GROUPS[name]}
+    with pytest.raises(ValueError, match=message):
+        FusedAdamW([{"params": [first]}, group])
+    optimizer = FusedAdamW([first])
+    with refused(optimizer, ValueError, message):
+        optimizer.add_param_group(group)
+    assert len(optimizer.param_groups) == 1
+
+
+@pytest.mark.parametrize("cls", CLASSES, ids=lambda cls: cls.__name__)
+def test_unknown_argument(cls: Any) -> None:
+    with pytest.raises(TypeError) as caught:
+        cls(make_params(), clip=1.0)
+    accepted = "accepted: params, lr, .*, state_dtype, max_grad_norm, .*, telemetry$"
+    assert_clear(caught.value, rf"^{cls.__name__}: found an argument 'clip', {accepted}")
+
+
+def test_telemetry_is_no_attribute_to_set() -> None:
+    optimizer = FusedAdamW(make_params())
+    with pytest.raises(AttributeError, match=r"^telemetry: .*accepted: collect_telemetry = True"):
+        optimizer.telemetry = True
+    assert optimizer.telemetry() is None
+
+
 SCALES: list[tuple[Any, type[Exception]]] = [
     (torch.ones(2), ValueError),
     (torch.ones(0), ValueError),
@@ -156,6 +188,36 @@ def test_gradients_that_cannot_be_zeroed(cls: Any, change: Any, message: str) ->
             param.grad = grad
         with refused(optimizer, ValueError, message, "accepted"):
             optimizer.step()
+
+
+def assert_overlap(optimizer: FusedOptimizer, params: list[nn.Parameter], label: str) -> None:
+    """Without a look at the state, which would have everything checked anew."""
+    before = [param.detach().clone() for param in params]
+    with pytest.raises(ValueError, match=f"{label} has a gradient that shares memory with that of"):
+        optimizer.step()
+    assert all(map(torch.equal, params, before))
+
+
+def test_gradients_that_come_to_overlap_in_place() -> None:
+    """At the addresses of a step before: of another parameter, or of wider elements."""
+    params = make_params([(4,), (8,), (5,)])
+    memory = torch.ones(9)
+    optimizer = FusedAdamW(params, zero_grads=True)
+    train(optimizer, params, range(1))
+    params[0].grad, params[1].grad, params[2].grad = memory[:4], None, memory[4:]
+    optimizer.step()
+    params[0].grad, params[1].grad = None, memory[:8]
+    assert_overlap(optimizer, params, "parameter 2")
+
+    params = make_params([(4,), (2,)], torch.bfloat16)
+    memory = torch.ones(4)
+    for param in params:
+        param.grad_dtype = None
+    params[0].grad, params[1].grad = memory[:2].view(torch.bfloat16), memory[2:]
+    optimizer = FusedAdamW(params, zero_grads=True)
+    optimizer.step()
+    params[0].grad = memory
+    assert_overlap(optimizer, params, "parameter 1")
 
 
 def test_shared_gradients_are_read_where_they_are_not_zeroed() -> None:

@@ -6,6 +6,7 @@
 import contextlib
 import functools
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 import triton
@@ -19,6 +20,41 @@ def load_scalars(pointer, COUNT: tl.constexpr):
     for k in tl.static_range(COUNT):
         scalars = scalars + (tl.load(pointer + k),)
     return scalars
+
+
+class TensorList(NamedTuple):
+    """The tensors that a kernel works on, in host memory. The address of an empty one is not used.
+
+    Attributes:
+        addresses: int64 [tensors, slots]: where the arrays of each tensor begin: param, grad, then
+            the states that the rule has under its options. All arrays of a tensor that have an
+            element for each of its own have them in one dense order.
+        numels: int64 [tensors]: elements of each tensor.
+        rows: int32 [tensors]: which row of the coefficients each tensor takes.
+        besides: int64 [tensors]: what is beside each param; None: nothing is.
+        emas: int64 [tensors]: float32 moving averages of the params; None: there are none.
+        scales: int64 [tensors, states]: float32 scales of coded states, one for each block in the
+            order of memory; None: they are not coded.
+        sources: int64 [tensors, 2]: key of the random bits, index of the first element in the
+            whole tensor, which a shard is a part of; None: nothing is drawn.
+    """
+
+    addresses: torch.Tensor
+    numels: torch.Tensor
+    rows: torch.Tensor
+    besides: torch.Tensor | None = None
+    emas: torch.Tensor | None = None
+    scales: torch.Tensor | None = None
+    sources: torch.Tensor | None = None
+
+    def columns(self) -> list[torch.Tensor]:
+        """int64 [tensors, any]: side by side they are the records of `update_kernel`."""
+        columns = (
+            *(self.addresses, self.besides, self.emas, self.scales),
+            *(self.numels, self.rows, self.sources),
+        )
+        rows = len(self.numels)
+        return [column.view(rows, -1).long() for column in columns if column is not None]
 
 
 @functools.lru_cache(maxsize=32)

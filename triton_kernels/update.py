@@ -13,8 +13,13 @@ import torch
 import triton
 import triton.language as tl
 
-from .storage import STORAGE_DTYPES, narrow, widen
-from .tables import chunk_table, load_scalars, resident, table_memory
+from .beside import join, split
+from .codes import BLOCK as CODE_BLOCK
+from .codes import decode, encode
+from .formats import Format, Layout, layout
+from .random import draw_shared, narrow_randomly, word_of_state
+from .storage import narrow, widen
+from .tables import TensorList, chunk_table, load_scalars, resident, table_memory
 
 # [note: tile]
 # One program updates one tile, and a thread 8 elements of it: one 16-byte access of an array of 16
@@ -31,7 +36,8 @@ TILE = tl.constexpr(8 * THREADS.value)
 
 COMPILE_OPTIONS: dict[str, Any] = {"num_warps": NUM_WARPS, "enable_fp_fusion": False}
 
-# The arrays of a tensor, in the order of an address table. A moving average comes last.
+# The arrays of a tensor, in the order of its record. After the states come what is beside the param
+# and its moving average, where there are any.
 PARAM = tl.constexpr(0)
 GRAD = tl.constexpr(1)
 FIRST_STATE = tl.constexpr(2)
@@ -50,47 +56,109 @@ def averaged(ema, param, weight):
 
 
 @triton.jit
+def positions(BLOCK: tl.constexpr, CODED: tl.constexpr):
+    """The numbers from 0 to BLOCK: [BLOCK], or with codes [blocks of them, CODE_BLOCK]."""
+    if CODED:
+        first = tl.arange(0, BLOCK // CODE_BLOCK) * CODE_BLOCK
+        return first[:, None] + tl.arange(0, CODE_BLOCK)[None, :]
+    else:  # noqa: RET505 (Triton compiles what follows a return)
+        return tl.arange(0, BLOCK)
+
+
+@triton.jit
 def update_range(
-    slots,
+    addresses,
+    source,
     begin,
     end,
     coefficients,
     rule: tl.constexpr,
     OPTIONS: tl.constexpr,
-    DTYPES: tl.constexpr,
-    EMA: tl.constexpr,
-    ZERO_GRADS: tl.constexpr,
+    LAYOUT: tl.constexpr,
     ALIGNED: tl.constexpr,
 ):
-    """Updates elements [begin, end): at most TILE that are ALIGNED, or THREADS that are not."""
-    BLOCK: tl.constexpr = TILE if ALIGNED else THREADS
-    index = begin + tl.arange(0, BLOCK)
-    inside = index < end
+    """Updates elements [begin, end): at most TILE that are ALIGNED, or THREADS that are not.
 
+    Args:
+        addresses: of the arrays, then of the scales of coded states.
+        source: of random bits, where there are any: key, index of the first element in the whole
+            tensor.
+        begin: int64; with codes a multiple of CODE_BLOCK.
+        end: int64; with codes and ALIGNED too.
+        coefficients: see `update_kernel`.
+        rule: see `update_kernel`.
+        OPTIONS: see `update_kernel`.
+        LAYOUT: see `update_kernel`.
+        ALIGNED: whether all arrays begin at multiples of 16 bytes.
+    """
+    BLOCK: tl.constexpr = TILE if ALIGNED else THREADS
+    CODED: tl.constexpr = len(LAYOUT.KINDS) > 0
+    ARRAYS: tl.constexpr = len(LAYOUT.DTYPES)
+    EMA: tl.constexpr = ARRAYS - LAYOUT.EMA
+    BESIDE: tl.constexpr = EMA - (LAYOUT.BESIDE != "")
+    STATES: tl.constexpr = BESIDE - FIRST_STATE
+    RULE_END: tl.constexpr = len(coefficients) - PASS_COEFFICIENTS
+
+    position = positions(BLOCK, CODED)
+    index = begin + position
+    inside = index < end
     pointers = ()
-    values = ()
-    for k in tl.static_range(len(DTYPES)):
-        pointer = slots[k].to(tl.pointer_type(DTYPES[k]))
+    stored = ()
+    for k in tl.static_range(ARRAYS):
+        pointer = addresses[k].to(tl.pointer_type(LAYOUT.DTYPES[k]))
         if ALIGNED:
             pointer = tl.multiple_of(pointer, 16)  # which nothing read from a table can tell Triton
         pointers = pointers + (pointer + index,)
-        values = values + (widen(tl.load(pointers[k], inside)),)
+        stored = stored + (tl.load(pointers[k], inside),)
 
-    STATES_END: tl.constexpr = len(DTYPES) - EMA
-    RULE_END: tl.constexpr = len(coefficients) - PASS_COEFFICIENTS
-    grad = values[GRAD] * coefficients[RULE_END]
-    states = values[FIRST_STATE:STATES_END]
-    param, states = rule(values[PARAM], grad, states, coefficients[:RULE_END], OPTIONS)
+    kept = stored[BESIDE] if LAYOUT.BESIDE != "" else None
+    param = join(stored[PARAM], kept, LAYOUT.BESIDE)
+    grad = widen(stored[GRAD]) * coefficients[RULE_END]
+    scales = ()
+    states = ()
+    if CODED:
+        block = begin // CODE_BLOCK + tl.arange(0, BLOCK // CODE_BLOCK)
+        is_block = block * CODE_BLOCK < end
+    for k in tl.static_range(STATES):
+        if CODED:
+            scales = scales + (addresses[ARRAYS + k].to(tl.pointer_type(tl.float32)) + block,)
+            scale = tl.load(scales[k], is_block)
+            states = states + (decode(stored[FIRST_STATE + k], scale, LAYOUT.KINDS[k]),)
+        else:
+            states = states + (widen(stored[FIRST_STATE + k]),)
 
-    stored_param = narrow(param, DTYPES[PARAM])
+    param, states = rule(param, grad, states, coefficients[:RULE_END], OPTIONS)
+
+    random = None
+    if LAYOUT.DRAWS:
+        BITS: tl.constexpr = 16 if LAYOUT.STOCHASTIC else 8
+        step = coefficients[RULE_END + 2].to(tl.uint32, bitcast=True)
+        word, place = draw_shared(source[0], step, source[1] + begin, position, BITS)
+        random = word >> place & ((1 << BITS) - 1)
+
+    if LAYOUT.STOCHASTIC:
+        stored_param = narrow_randomly(param, random)
+    elif LAYOUT.BESIDE == "":
+        stored_param = narrow(param, LAYOUT.DTYPES[PARAM])
+    else:
+        stored_param, kept = split(param, random, LAYOUT.DTYPES[PARAM], LAYOUT.BESIDE)
+        tl.store(pointers[BESIDE], kept, inside)
     tl.store(pointers[PARAM], stored_param, inside)
-    for k in tl.static_range(FIRST_STATE, STATES_END):
-        tl.store(pointers[k], narrow(states[k - FIRST_STATE], DTYPES[k]), inside)
-    if EMA:
-        ema = averaged(values[STATES_END], widen(stored_param), coefficients[RULE_END + 1])
-        tl.store(pointers[STATES_END], ema, inside)
-    if ZERO_GRADS:
-        tl.store(pointers[GRAD], tl.zeros([BLOCK], DTYPES[GRAD]), inside)
+    for k in tl.static_range(STATES):
+        if CODED:
+            state, scale = encode(states[k], inside, LAYOUT.KINDS[k])
+            tl.store(scales[k], scale, is_block)
+        elif LAYOUT.STOCHASTIC and LAYOUT.DTYPES[FIRST_STATE + k] == tl.bfloat16:
+            random = word_of_state(word, k) >> place & 0xFFFF
+            state = narrow_randomly(states[k], random)
+        else:
+            state = narrow(states[k], LAYOUT.DTYPES[FIRST_STATE + k])
+        tl.store(pointers[FIRST_STATE + k], state, inside)
+    if LAYOUT.EMA:
+        param = join(stored_param, kept, LAYOUT.BESIDE)
+        tl.store(pointers[EMA], averaged(stored[EMA], param, coefficients[RULE_END + 1]), inside)
+    if LAYOUT.ZERO_GRADS:
+        tl.store(pointers[GRAD], tl.zeros(index.shape, LAYOUT.DTYPES[GRAD]), inside)
 
 
 # The alignment of a table says nothing about that of the tensors it lists.
@@ -101,97 +169,87 @@ def update_kernel(
     coefficients,
     rule: tl.constexpr,
     OPTIONS: tl.constexpr,
-    DTYPES: tl.constexpr,
     COEFFICIENTS: tl.constexpr,
-    EMA: tl.constexpr,
-    ZERO_GRADS: tl.constexpr,
+    LAYOUT: tl.constexpr,
 ):
     """Updates one tile of one tensor.
 
     Args:
         chunks: int32 [programs, 2]: index of the tensor, index of the tile in it.
-        tensors: int64 [tensors, slots + 2]: address of each slot, number of elements, row.
-        coefficients: float32 [rows, COEFFICIENTS + 2]: those of the rule, the gradient's factor,
-            the weight of the average.
+        tensors: int64 [tensors, words]: addresses of the arrays and of the scales of coded states,
+            number of elements, row; where there are random bits, key and index of the first
+            element in the whole tensor.
+        coefficients: float32 [rows, COEFFICIENTS + PASS_COEFFICIENTS]: those of the rule, then
+            those of the pass.
         rule: see `rules`.
         OPTIONS: passed on to the rule.
-        DTYPES: storage dtype of each slot: param, grad, the states, the average.
         COEFFICIENTS: how many the rule takes.
-        EMA: whether the last slot is a moving average of the param.
-        ZERO_GRADS: whether the gradient is overwritten with zeros.
+        LAYOUT: a `Layout`.
     """
     chunk = chunks + 2 * tl.program_id(0)
     tensor = tl.load(chunk).to(tl.int64)
     begin = tl.load(chunk + 1).to(tl.int64) * TILE
 
-    SLOTS: tl.constexpr = len(DTYPES)
-    record = tensors + tensor * (SLOTS + 2)
-    slots = load_scalars(record, SLOTS)
-    numel = tl.load(record + SLOTS)
-    row = tl.load(record + SLOTS + 1)
+    ARRAYS: tl.constexpr = len(LAYOUT.DTYPES)
+    ADDRESSES: tl.constexpr = ARRAYS + len(LAYOUT.KINDS)
+    SOURCE: tl.constexpr = 2 * LAYOUT.DRAWS
+    record = tensors + tensor * (ADDRESSES + 2 + SOURCE)
+    addresses = load_scalars(record, ADDRESSES)
+    numel = tl.load(record + ADDRESSES)
+    row = tl.load(record + ADDRESSES + 1)
+    source = load_scalars(record + ADDRESSES + 2, SOURCE)
     COLUMNS: tl.constexpr = COEFFICIENTS + PASS_COEFFICIENTS
     scalars = load_scalars(coefficients + row * COLUMNS, COLUMNS)
 
-    address_bits = slots[0]
-    for k in tl.static_range(1, SLOTS):
-        address_bits = address_bits | slots[k]
+    address_bits = addresses[0]
+    for k in tl.static_range(1, ARRAYS):
+        address_bits = address_bits | addresses[k]
 
     # Aligned memory goes by 16-byte accesses, which a mask keeps whole when it ends at a multiple
-    # of 16 elements. What is left, up to 15 elements at the end of a tensor or all of an unaligned
-    # one, goes an element a thread. The branch is the same for all threads of a program, and costs
-    # less than a launch for each kind would.
+    # of 16 elements, or of a block of codes. What is left, fewer elements than that at the end of a
+    # tensor or all of an unaligned one, goes an element a thread. The branch is the same for all
+    # threads of a program, and costs less than a launch for each kind would.
+    WHOLE: tl.constexpr = CODE_BLOCK if len(LAYOUT.KINDS) > 0 else 16
     end = tl.minimum(begin + TILE, numel)
     rest = begin
     if address_bits % 16 == 0:
-        rest = tl.multiple_of(end // 16 * 16, 16)
-        update_range(slots, begin, rest, scalars, rule, OPTIONS, DTYPES, EMA, ZERO_GRADS, True)
+        rest = tl.multiple_of(end // WHOLE * WHOLE, WHOLE)
+        update_range(addresses, source, begin, rest, scalars, rule, OPTIONS, LAYOUT, True)
     while rest < end:
-        update_range(slots, rest, end, scalars, rule, OPTIONS, DTYPES, EMA, ZERO_GRADS, False)
+        update_range(addresses, source, rest, end, scalars, rule, OPTIONS, LAYOUT, False)
         rest += THREADS
 
 
 def constants(
     rule: Any,
     options: tuple[bool, ...],
-    dtypes: tuple[str, str, str],
-    states: int,
     coefficients: int,
-    ema: bool = False,
-    zero_grads: bool = False,
+    compiled_for: Layout,
 ) -> dict[str, Any]:
-    """What `update_kernel` is compiled for. Takes `launch`'s arguments and the sizes of its lists.
+    """What `update_kernel` is compiled for.
 
     Args:
         rule: see `launch`.
         options: see `launch`.
-        dtypes: see `launch`.
-        states: how many the rule has.
         coefficients: how many the rule takes.
-        ema: whether there are moving averages.
-        zero_grads: see `launch`.
+        compiled_for: the layout of the format.
     """
-    param, grad, state = (STORAGE_DTYPES[dtype] for dtype in dtypes)
     return {
         "rule": rule,
         "OPTIONS": options,
-        "DTYPES": (param, grad, *[state] * states, *[tl.float32] * ema),
         "COEFFICIENTS": coefficients,
-        "EMA": ema,
-        "ZERO_GRADS": zero_grads,
+        "LAYOUT": compiled_for,
     }
 
 
 def launch(
-    addresses: torch.Tensor,
-    numels: torch.Tensor,
-    rows: torch.Tensor,
+    tensors: TensorList,
     coefficients: torch.Tensor,
     *,
-    emas: torch.Tensor | None,
     zero_grads: bool,
     rule: Any,
     options: tuple[bool, ...],
-    dtypes: tuple[str, str, str],
+    format: Format,
     device: torch.device,
 ) -> None:
     """Applies a rule to every tensor of a list, in place and in one launch.
@@ -201,51 +259,36 @@ def launch(
     device.
 
     Args:
-        addresses: int64 [tensors, slots]: where the arrays of each tensor begin: param, grad, then
-            the states that the rule has under these options. The arrays of a tensor have their
-            elements in one dense order. The address of an empty tensor is not used.
-        numels: int64 [tensors]: elements of each tensor.
-        rows: int32 [tensors]: which row of the coefficients each tensor takes.
-        coefficients: float32 [rows, coefficients + 2], the columns in the order the rule has them,
-            then what the gradient is multiplied by and the weight of the param in its average.
-        emas: int64 [tensors]: where the float32 moving average of each param begins, in the order
-            of its elements; None: there is none.
+        tensors: the list.
+        coefficients: float32 [rows, coefficients + 3], the columns in the order the rule has them,
+            then what the gradient is multiplied by, the weight of the param in its average, and the
+            bits of the number of steps taken before this one.
         zero_grads: whether the gradients are overwritten with zeros.
         rule: a Triton function of `rules`.
         options: what the rule is compiled for; see its OPTIONS.
-        dtypes: storage of param, grad and states: "float32", "bfloat16" or "float16".
-        device: where the tensors are: a GPU, or the CPU in Triton's interpreter.
+        format: how the tensors live in memory.
+        device: where they are: a GPU, or the CPU in Triton's interpreter.
     """
-    if not torch.any(numels):
+    if not torch.any(tensors.numels):
         return  # a grid cannot be empty
-    chunks = chunk_table(numels.numpy().tobytes(), TILE.value, device)
+    chunks = chunk_table(tensors.numels.numpy().tobytes(), TILE.value, device)
 
-    tensors, slots = addresses.shape
-    record = slots + (emas is not None) + 2
-    words = tensors * record + (coefficients.numel() + 1) // 2  # two float32 in a word
-    table = table_memory(words, device)
-    records = table[: tensors * record].view(tensors, record)
-    records[:, :slots] = addresses
-    if emas is not None:
-        records[:, slots] = emas
-    records[:, -2] = numels
-    records[:, -1] = rows
+    columns = tensors.columns()
+    record = sum(column.shape[1] for column in columns)
+    words = len(tensors.numels) * record
+    table = table_memory(words + (coefficients.numel() + 1) // 2, device)  # two float32 in a word
+    torch.cat(columns, dim=1, out=table[:words].view(-1, record))
     flat = coefficients.reshape(-1)
-    table[tensors * record :].view(torch.float32)[: len(flat)] = flat
+    table[words:].view(torch.float32)[: len(flat)] = flat
 
+    states = tensors.addresses.shape[1] - FIRST_STATE.value
+    rule_coefficients = coefficients.shape[1] - PASS_COEFFICIENTS.value
+    compiled_for = layout(format, states, tensors.emas is not None, zero_grads)
     with resident(chunks, table, device) as table:
         update_kernel[(len(chunks),)](
             chunks,
             table,
-            table[tensors * record :].view(torch.float32),
-            **constants(
-                rule,
-                options,
-                dtypes,
-                states=slots - FIRST_STATE.value,
-                coefficients=coefficients.shape[1] - PASS_COEFFICIENTS.value,
-                ema=emas is not None,
-                zero_grads=zero_grads,
-            ),
+            table[words:].view(torch.float32),
+            **constants(rule, options, rule_coefficients, compiled_for),
             **COMPILE_OPTIONS,
         )

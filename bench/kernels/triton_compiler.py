@@ -26,7 +26,7 @@ from triton.compiler import ASTSource
 from bench.kernels.dumps import cuda_kernels
 from bench.kernels.gpus import GPUS
 from fused_adamw import triton_kernels
-from fused_adamw.triton_kernels import norm, update
+from fused_adamw.triton_kernels import formats, norm, update
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
@@ -40,6 +40,9 @@ class Case:
         options: its OPTIONS.
         dtypes: of param, grad and states, by name.
         states: how many there are.
+        beside: see `formats.Format`; so are stochastic and kinds.
+        stochastic: whether rounding to bfloat16 is.
+        kinds: of coded states.
         ema: whether there is a moving average of the param.
         zero_grads: whether the gradient is zeroed.
     """
@@ -48,6 +51,9 @@ class Case:
     options: tuple[bool | str, ...]
     dtypes: tuple[str, ...]
     states: int
+    beside: str = ""
+    stochastic: bool = False
+    kinds: tuple[str, ...] = ()
     ema: bool = False
     zero_grads: bool = False
 
@@ -59,18 +65,16 @@ class Case:
             raise ValueError(f"{self.rule.__name__}: no line `a, b, c = coefficients`")
         return len([name for name in names[1].split(",") if name.strip()])
 
+    @property
+    def layout(self) -> formats.Layout:
+        """What its format is compiled to."""
+        format = formats.Format(*self.dtypes, self.beside, self.stochastic, self.kinds)
+        return formats.layout(format, self.states, self.ema, self.zero_grads)
+
 
 def compile_case(case: Case, arch: int) -> dict[str, Any]:
     """Compiles the update; see `compile_kernel`."""
-    constants = update.constants(
-        case.rule,
-        case.options,
-        case.dtypes,
-        case.states,
-        case.coefficients,
-        case.ema,
-        case.zero_grads,
-    )
+    constants = update.constants(case.rule, case.options, case.coefficients, case.layout)
     tables = {"chunks": "*i32", "tensors": "*i64", "coefficients": "*fp32"}
     return compile_kernel(update.update_kernel, tables, constants, update.COMPILE_OPTIONS, arch)
 

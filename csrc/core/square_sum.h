@@ -7,6 +7,7 @@
 // summed to about 1e-15.
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 
 #include "core/platform.h"
@@ -37,6 +38,14 @@ FUSED_ADAMW_HD double fold_chunks(const double* partial, std::int64_t count, int
   for (std::int64_t i = 0; i < count; ++i) lane[i % kFoldLanes] += partial[i * stride];
   fold_by_halves(lane, kFoldLanes);
   return lane[0];
+}
+
+// The norm of gradients whose squares add up to `total`, unscaled. It is reported as a float, so
+// what that cannot hold is infinite to everything that follows.
+FUSED_ADAMW_HD double norm_of(double total, double scale) {
+  const double norm = sqrt(total) / scale;
+  const float reported = static_cast<float>(norm);
+  return reported - reported == 0.0f ? norm : static_cast<double>(reported);
 }
 
 // How much a gradient of this norm is shrunk: torch.nn.utils.clip_grad_norm_. A NaN stays visible.

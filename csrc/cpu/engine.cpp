@@ -69,18 +69,20 @@ struct Work {
   }
 };
 
+// Halves of random words.
+using Half = std::uint16_t __attribute__((may_alias));
+
 // What knows no rule, at one level. `count` numbers of a dtype of 16 bits become floats, or back;
-// the rest takes any dtype. `bits` are the random ones of the elements.
+// the rest takes any dtype. `random` has the random bits of each element.
 struct Tools {
   void (*widen)(const void* from, Dtype dtype, float* to, std::int64_t count);
   void (*narrow)(const float* from, Dtype dtype, void* to, std::int64_t count);
-  void (*draw)(const RandomStream& stream, std::uint32_t lower, std::uint32_t* bits,
-               std::int64_t count);
-  // Slot 0 is the parameter, others are states.
-  void (*narrow_randomly)(const float* from, const std::uint32_t* bits, int slot, void* to,
-                          std::int64_t count);
+  void (*draw)(const RandomStream& stream, std::uint32_t first, std::uint32_t* words,
+               std::uint32_t count);
+  void (*turn)(const std::uint32_t* words, int k, std::uint32_t* turned, std::uint32_t count);
+  void (*narrow_randomly)(const float* from, const Half* random, void* to, std::int64_t count);
   void (*join)(const void* param, const void* beside, Beside kind, float* to, std::int64_t count);
-  void (*split)(const float* from, const std::uint32_t* bits, void* param, void* beside,
+  void (*split)(const float* from, const std::uint8_t* random, void* param, void* beside,
                 Beside kind, std::int64_t count);
   void (*decode)(const void* codes, const float* scales, StateKind kind, float* to,
                  std::int64_t count);
@@ -113,26 +115,28 @@ FUSED_ADAMW_HD void narrow_any(const float* from, Dtype dtype, void* to, std::in
   dtype == Dtype::kBfloat16 ? narrow<bfloat16>(from, to, count) : narrow<float16>(from, to, count);
 }
 
-FUSED_ADAMW_HD void draw_bits(const RandomStream& from, std::uint32_t lower, std::uint32_t* bits,
-                              std::int64_t count) {
+FUSED_ADAMW_HD void draw_words(const RandomStream& from, std::uint32_t first, std::uint32_t* words,
+                               std::uint32_t count) {
   const RandomStream stream = from;
-  for (std::int64_t i = 0; i < count; ++i) bits[i] = stream.bits(lower + static_cast<uint32_t>(i));
+  for (std::uint32_t i = 0; i < count; ++i) words[i] = stream.word(first + i);
 }
 
-FUSED_ADAMW_HD void narrow_any_randomly(const float* from, const std::uint32_t* bits, int slot,
-                                        void* to, std::int64_t count) {
-  bfloat16* values = static_cast<bfloat16*>(to);
-  const auto round = [&](auto&& random) {
+FUSED_ADAMW_HD void turn_words(const std::uint32_t* words, int k, std::uint32_t* turned,
+                               std::uint32_t count) {
+  const auto turn = [&](auto&& word_of) {
     FUSED_ADAMW_INDEPENDENT_ITERATIONS
-    for (std::int64_t i = 0; i < count; ++i) {
-      values[i] = rounded_stochastically(from[i], random(bits[i]));
-    }
+    for (std::uint32_t i = 0; i < count; ++i) turned[i] = word_of(words[i]);
   };
-  if (slot == kParam) return round([](std::uint32_t x) { return bits_of_param(x); });
-  const int k = slot - kFirstState;
-  if (k == 0) return round([](std::uint32_t x) { return bits_of_state(x, 0); });
-  if (k == 1) return round([](std::uint32_t x) { return bits_of_state(x, 1); });
-  round([](std::uint32_t x) { return bits_of_state(x, 2); });
+  if (k == 0) return turn([](std::uint32_t x) { return word_of_state(x, 0); });
+  if (k == 1) return turn([](std::uint32_t x) { return word_of_state(x, 1); });
+  turn([](std::uint32_t x) { return word_of_state(x, 2); });
+}
+
+FUSED_ADAMW_HD void narrow_any_randomly(const float* from, const Half* random, void* to,
+                                        std::int64_t count) {
+  bfloat16* values = static_cast<bfloat16*>(to);
+  FUSED_ADAMW_INDEPENDENT_ITERATIONS
+  for (std::int64_t i = 0; i < count; ++i) values[i] = rounded_stochastically(from[i], random[i]);
 }
 
 template <class Kind>
@@ -144,13 +148,13 @@ FUSED_ADAMW_HD void join(const void* param, const void* beside, float* to, std::
 }
 
 template <class Kind>
-FUSED_ADAMW_HD void split(const float* from, const std::uint32_t* bits, void* param, void* beside,
+FUSED_ADAMW_HD void split(const float* from, const std::uint8_t* random, void* param, void* beside,
                           std::int64_t count) {
   bfloat16* params = static_cast<bfloat16*>(param);
   auto* besides = static_cast<typename Kind::Element*>(beside);
   FUSED_ADAMW_INDEPENDENT_ITERATIONS
   for (std::int64_t i = 0; i < count; ++i) {
-    Kind::store(from[i], std::is_same_v<Kind, Remainder8> ? bits[i] : 0u, params[i], besides[i]);
+    Kind::store(from[i], std::is_same_v<Kind, Remainder8> ? random[i] : 0u, params[i], besides[i]);
   }
 }
 
@@ -162,11 +166,11 @@ FUSED_ADAMW_HD void join_any(const void* param, const void* beside, Beside kind,
   join<Compensation>(param, beside, to, count);
 }
 
-FUSED_ADAMW_HD void split_any(const float* from, const std::uint32_t* bits, void* param,
+FUSED_ADAMW_HD void split_any(const float* from, const std::uint8_t* random, void* param,
                               void* beside, Beside kind, std::int64_t count) {
-  if (kind == Beside::kRemainder16) return split<Remainder16>(from, bits, param, beside, count);
-  if (kind == Beside::kRemainder8) return split<Remainder8>(from, bits, param, beside, count);
-  if (kind == Beside::kCompensation) return split<Compensation>(from, bits, param, beside, count);
+  if (kind == Beside::kRemainder16) return split<Remainder16>(from, random, param, beside, count);
+  if (kind == Beside::kRemainder8) return split<Remainder8>(from, random, param, beside, count);
+  if (kind == Beside::kCompensation) return split<Compensation>(from, random, param, beside, count);
   bfloat16* params = static_cast<bfloat16*>(param);  // of a master
   FUSED_ADAMW_INDEPENDENT_ITERATIONS
   for (std::int64_t i = 0; i < count; ++i) params[i] = rounded_away(from[i]);
@@ -186,11 +190,9 @@ template <class Codes>
 FUSED_ADAMW_HD float encode_block(const float* from, void* to, int count) {
   using Code = typename Codes::Code;
   Code* codes = static_cast<Code*>(to);
-  alignas(64) std::uint32_t magnitude[kCodeBlock];
   std::int32_t largest = 0;  // below 2^31, so as signed as not
   for (int i = 0; i < count; ++i) {
-    magnitude[i] = Codes::magnitude_bits(Codes::coded(from[i]));
-    largest = std::max(largest, static_cast<std::int32_t>(magnitude[i]));
+    largest = std::max(largest, static_cast<std::int32_t>(Codes::magnitude_bits(from[i])));
   }
   const float scale = Codes::scale_of(static_cast<std::uint32_t>(largest));
   const float factor = Codes::factor_of(scale);
@@ -199,9 +201,7 @@ FUSED_ADAMW_HD float encode_block(const float* from, void* to, int count) {
     return scale;
   }
   FUSED_ADAMW_INDEPENDENT_ITERATIONS
-  for (int i = 0; i < count; ++i) {
-    codes[i] = static_cast<Code>(Codes::code_of(magnitude[i], from[i] < 0.0f, factor));
-  }
+  for (int i = 0; i < count; ++i) codes[i] = static_cast<Code>(Codes::code_of(from[i], factor));
   return scale;
 }
 
@@ -271,7 +271,7 @@ FUSED_ADAMW_HD double segment_square_sum(const float* values, std::int64_t count
 // Of one chunk, or what there is of it.
 FUSED_ADAMW_HD double square_sum_any(const void* grad, Dtype dtype, std::int64_t count) {
   const float* floats = static_cast<const float*>(grad);
-  const std::uint16_t* halves = static_cast<const std::uint16_t*>(grad);
+  const Half* halves = static_cast<const std::uint16_t*>(grad);
   alignas(64) float buffer[kSegment];
   double sum = 0.0;
   for (std::int64_t begin = 0; begin < count; begin += kSegment) {
@@ -333,17 +333,26 @@ FUSED_ADAMW_HD std::uint32_t pair_of_bfloat16s(float first, float second) {
   return rounded_to_bfloat16(first) >> 16 | (rounded_to_bfloat16(second) & 0xffff0000u);
 }
 
-template <class Functor>
-FUSED_ADAMW_HD void update_pairs(const Row<Functor>& row, Word* const* slot, std::int64_t pairs) {
+// Up with the probability of what is cut off, each by its half of `random`.
+FUSED_ADAMW_HD std::uint32_t pair_of_bfloat16s(float first, float second, std::uint32_t random) {
+  return (bits_of(first) + (random & 0xffffu)) >> 16 |
+         ((bits_of(second) + (random >> 16)) & 0xffff0000u);
+}
+
+// Where it is stochastic, `from` rounds, beginning with word `word`.
+template <class Functor, bool kStochastic>
+FUSED_ADAMW_HD void update_pairs(const Row<Functor>& row, Word* const* slot, std::uint32_t pairs,
+                                 const RandomStream& from, std::uint32_t word) {
   const auto c = row.rule;
   const float factor = row.pass.grad_factor;
+  const RandomStream stream = from;
   Word* param = slot[kParam];
   const Word* grad = slot[kGrad];
   Word* state[Functor::kStates + 1];
   for (int k = 0; k < Functor::kStates; ++k) state[k] = slot[kFirstState + k];
 
   FUSED_ADAMW_INDEPENDENT_ITERATIONS
-  for (std::int64_t i = 0; i < pairs; ++i) {
+  for (std::uint32_t i = 0; i < pairs; ++i) {
     const std::uint32_t p = param[i], g = grad[i];
     float p0 = first_of<bfloat16>(p), p1 = second_of<bfloat16>(p);
     StateArray<Functor::kStates> s0, s1;
@@ -356,8 +365,16 @@ FUSED_ADAMW_HD void update_pairs(const Row<Functor>& row, Word* const* slot, std
     Functor::update(c, p0, first_of<bfloat16>(g) * factor, s0);
     Functor::update(c, p1, second_of<bfloat16>(g) * factor, s1);
 
-    param[i] = pair_of_bfloat16s(p0, p1);
-    for (int k = 0; k < Functor::kStates; ++k) state[k][i] = pair_of_bfloat16s(s0[k], s1[k]);
+    if constexpr (kStochastic) {
+      const std::uint32_t random = stream.word(word + i);
+      param[i] = pair_of_bfloat16s(p0, p1, random);
+      for (int k = 0; k < Functor::kStates; ++k) {
+        state[k][i] = pair_of_bfloat16s(s0[k], s1[k], word_of_state(random, k));
+      }
+    } else {
+      param[i] = pair_of_bfloat16s(p0, p1);
+      for (int k = 0; k < Functor::kStates; ++k) state[k][i] = pair_of_bfloat16s(s0[k], s1[k]);
+    }
   }
 }
 
@@ -383,32 +400,56 @@ FUSED_ADAMW_HD float* full_values(const Work& work, const Tools& tools, float* b
   return buffer;
 }
 
+// The random words of at most kBlock elements.
+struct RandomWords {
+  static constexpr int kMost = kBlock / 2 + 1;  // an element may be the second of its word
+  alignas(64) std::uint32_t words[kMost];
+  alignas(64) std::uint32_t turned[kMost];
+  std::int64_t first;  // index of the first element
+  std::uint32_t count;
+
+  // Indices of words may pass a multiple of 2^32.
+  FUSED_ADAMW_HD void draw(const Work& work, const Tools& tools, std::uint32_t step) {
+    const int share = work.format.stochastic ? kShareOf16Bits : kShareOf8Bits;
+    first = work.tensor.offset + work.begin;
+    const std::int64_t word = first >> share;
+    const std::int64_t end = ((first + (work.end - work.begin) - 1) >> share) + 1;
+    count = static_cast<std::uint32_t>(end - word);
+    for (std::int64_t at = word; at < end;) {
+      const std::int64_t next = std::min(end, ((at >> 32) + 1) << 32);
+      const RandomStream stream(work.tensor.key, step, static_cast<std::uint32_t>(at >> 32));
+      tools.draw(stream, static_cast<std::uint32_t>(at), words + (at - word),
+                 static_cast<std::uint32_t>(next - at));
+      at = next;
+    }
+  }
+
+  // Of each element, little-endian.
+  FUSED_ADAMW_HD const std::uint8_t* bytes() const {
+    return reinterpret_cast<const std::uint8_t*>(words) + (first & 3);
+  }
+  FUSED_ADAMW_HD const Half* halves() const {
+    return reinterpret_cast<const Half*>(words) + (first & 1);
+  }
+  FUSED_ADAMW_HD const Half* halves_of_state(int k, const Tools& tools) {
+    tools.turn(words, k, turned, count);
+    return reinterpret_cast<const Half*>(turned) + (first & 1);
+  }
+};
+
 FUSED_ADAMW_HD void store_params(const Work& work, const Tools& tools, const float* values,
-                                 const std::uint32_t* bits) {
+                                 const RandomWords& random) {
   const Format& format = work.format;
   const std::int64_t count = work.end - work.begin;
   if (format.param == Dtype::kFloat32) return;
   void* param = work.slot<std::uint16_t>(kParam);
   if (format.stochastic) {
-    tools.narrow_randomly(values, bits, kParam, param, count);
+    tools.narrow_randomly(values, random.halves(), param, count);
   } else if (format.beside == Beside::kNothing || format.param == Dtype::kFloat16) {
     tools.narrow(values, format.param, param, count);
   } else {
-    tools.split(values, bits, param, work.beside_bytes(), format.beside, count);
+    tools.split(values, random.bytes(), param, work.beside_bytes(), format.beside, count);
   }
-}
-
-// At most kBlock of them. Indices may pass a multiple of 2^32.
-FUSED_ADAMW_HD void draw(const Work& work, const Tools& tools, std::uint32_t step,
-                         std::uint32_t* bits) {
-  const std::int64_t count = work.end - work.begin;
-  const std::int64_t first = work.tensor.offset + work.begin;
-  const std::int64_t here = std::min(count, (std::int64_t{1} << 32) - (first & 0xffffffff));
-  const auto stream = [&](std::int64_t index) {
-    return RandomStream(work.tensor.key, step, static_cast<std::uint32_t>(index >> 32));
-  };
-  tools.draw(stream(first), static_cast<std::uint32_t>(first), bits, here);
-  if (here < count) tools.draw(stream(first + here), 0, bits + here, count - here);
 }
 
 template <class Functor>
@@ -416,14 +457,12 @@ FUSED_ADAMW_HD void update_staged(const Row<Functor>& row, const Work& work, con
   constexpr int kSlots = kFirstState + Functor::kStates;
   const Format& format = work.format;
   alignas(64) float buffer[kSlots][kBlock];
-  alignas(64) std::uint32_t bits[kBlock];
+  RandomWords random;
   float* slot[kSlots];
   for (std::int64_t begin = work.begin; begin < work.end; begin += kBlock) {
     const std::int64_t count = std::min(kBlock, work.end - begin);
     const Work block{work.tensor, format, work.coefficients, begin, begin + count};
-    const auto scales = [&](int k) {
-      return work.tensor.scale[k] + begin / kCodeBlock;
-    };
+    const auto scales = [&](int k) { return work.tensor.scale[k] + begin / kCodeBlock; };
     slot[kParam] = full_values(block, tools, buffer[kParam]);
     for (int k = kGrad; k < kSlots; ++k) {
       const Dtype dtype = format.of_slot(k);
@@ -436,11 +475,11 @@ FUSED_ADAMW_HD void update_staged(const Row<Functor>& row, const Work& work, con
       tools.decode(block.slot<std::uint8_t>(kFirstState + k), scales(k), Functor::kKinds[k],
                    buffer[kFirstState + k], count);
     }
-    if (format.draws()) draw(block, tools, row.pass.random_step, bits);
+    if (format.draws()) random.draw(block, tools, row.pass.random_step);
 
     update_floats<Functor>(row, slot, count);
 
-    store_params(block, tools, slot[kParam], bits);
+    store_params(block, tools, slot[kParam], random);
     for (int k = 0; k < Functor::kStates; ++k) {
       const int at = kFirstState + k;
       if (slot[at] != buffer[at]) continue;
@@ -448,12 +487,27 @@ FUSED_ADAMW_HD void update_staged(const Row<Functor>& row, const Work& work, con
         tools.encode(buffer[at], Functor::kKinds[k], block.slot<std::uint8_t>(at), scales(k),
                      count);
       } else if (format.stochastic) {
-        tools.narrow_randomly(buffer[at], bits, at, block.slot<std::uint16_t>(at), count);
+        tools.narrow_randomly(buffer[at], random.halves_of_state(k, tools),
+                              block.slot<std::uint16_t>(at), count);
       } else {
         tools.narrow(buffer[at], format.state, block.slot<std::uint16_t>(at), count);
       }
     }
   }
+}
+
+// Whether every array is bfloat16 and pairs are those that share random words, of one stream. There
+// are no more of them than 32 bits count.
+FUSED_ADAMW_HD bool goes_by_pairs(const Work& work) {
+  const Format& format = work.format;
+  if (format.param != kBf16 || format.grad != kBf16 || format.state != kBf16) return false;
+  if (format.beside != Beside::kNothing || work.end - work.begin > std::int64_t{1} << 32) {
+    return false;
+  }
+  if (!format.stochastic) return true;
+  const std::int64_t first = work.tensor.offset + work.begin;
+  const std::int64_t last = work.tensor.offset + work.end - 1;
+  return first % 2 == 0 && first >> 33 == last >> 33;
 }
 
 template <class Functor>
@@ -464,13 +518,22 @@ FUSED_ADAMW_HD void update_span(const Work& work, const Tools& tools) {
     float* slot[kSlots];
     for (int k = 0; k < kSlots; ++k) slot[k] = work.slot<float>(k);
     update_floats<Functor>(row, slot, work.end - work.begin);
-  } else if (work.format.all(Dtype::kBfloat16)) {
+  } else if (goes_by_pairs(work)) {
     Word* slot[kSlots];
     for (int k = 0; k < kSlots; ++k) {
       slot[k] = reinterpret_cast<Word*>(work.slot<std::uint16_t>(k));
     }
     const std::int64_t pairs = (work.end - work.begin) / 2;
-    update_pairs<Functor>(row, slot, pairs);
+    const std::int64_t word = (work.tensor.offset + work.begin) / 2;
+    const RandomStream stream(work.tensor.key, row.pass.random_step,
+                              static_cast<std::uint32_t>(word >> 32));
+    const auto count = static_cast<std::uint32_t>(pairs);
+    const auto first = static_cast<std::uint32_t>(word);
+    if (work.format.stochastic) {
+      update_pairs<Functor, true>(row, slot, count, stream, first);
+    } else {
+      update_pairs<Functor, false>(row, slot, count, stream, first);
+    }
     const Work last{work.tensor, work.format, work.coefficients, work.begin + 2 * pairs, work.end};
     update_staged<Functor>(row, last, tools);
   } else {
@@ -480,56 +543,60 @@ FUSED_ADAMW_HD void update_span(const Work& work, const Tools& tools) {
 
 using UpdateSpan = void (*)(const Work&, const Tools&);
 
-#define FUSED_ADAMW_LEVEL(name, target)                                                         \
-  template <class Functor>                                                                      \
-  target void update_##name(const Work& work, const Tools& tools) {                             \
-    update_span<Functor>(work, tools);                                                          \
-  }                                                                                             \
-  target void widen_##name(const void* from, Dtype dtype, float* to, std::int64_t count) {      \
-    widen_any(from, dtype, to, count);                                                          \
-  }                                                                                             \
-  target void narrow_##name(const float* from, Dtype dtype, void* to, std::int64_t count) {     \
-    narrow_any(from, dtype, to, count);                                                         \
-  }                                                                                             \
-  target void draw_##name(const RandomStream& stream, std::uint32_t lower, std::uint32_t* bits, \
-                          std::int64_t count) {                                                 \
-    draw_bits(stream, lower, bits, count);                                                      \
-  }                                                                                             \
-  target void narrow_randomly_##name(const float* from, const std::uint32_t* bits, int slot,    \
-                                     void* to, std::int64_t count) {                            \
-    narrow_any_randomly(from, bits, slot, to, count);                                           \
-  }                                                                                             \
-  target void join_##name(const void* param, const void* beside, Beside kind, float* to,        \
-                          std::int64_t count) {                                                 \
-    join_any(param, beside, kind, to, count);                                                   \
-  }                                                                                             \
-  target void split_##name(const float* from, const std::uint32_t* bits, void* param,           \
-                           void* beside, Beside kind, std::int64_t count) {                     \
-    split_any(from, bits, param, beside, kind, count);                                          \
-  }                                                                                             \
-  target void decode_##name(const void* codes, const float* scales, StateKind kind, float* to,  \
-                            std::int64_t count) {                                               \
-    decode_any(codes, scales, kind, to, count);                                                 \
-  }                                                                                             \
-  target void encode_##name(const float* from, StateKind kind, void* codes, float* scales,      \
-                            std::int64_t count) {                                               \
-    encode_any(from, kind, codes, scales, count);                                               \
-  }                                                                                             \
-  target void average_##name(const void* param, Dtype dtype, float* ema, float weight,          \
-                             std::int64_t count) {                                              \
-    average_any(param, dtype, ema, weight, count);                                              \
-  }                                                                                             \
-  target double square_sum_##name(const void* grad, Dtype dtype, std::int64_t count) {          \
-    return square_sum_any(grad, dtype, count);                                                  \
-  }                                                                                             \
-  target Observation observe_##name(const float* grad, const float* before, const float* after, \
-                                    std::int64_t count) {                                       \
-    return observe_floats(grad, before, after, count);                                          \
-  }                                                                                             \
-  constexpr Tools kTools_##name{widen_##name,           narrow_##name, draw_##name,             \
-                                narrow_randomly_##name, join_##name,   split_##name,            \
-                                decode_##name,          encode_##name, average_##name,          \
-                                square_sum_##name,      observe_##name};
+#define FUSED_ADAMW_LEVEL(name, target)                                                          \
+  template <class Functor>                                                                       \
+  target void update_##name(const Work& work, const Tools& tools) {                              \
+    update_span<Functor>(work, tools);                                                           \
+  }                                                                                              \
+  target void widen_##name(const void* from, Dtype dtype, float* to, std::int64_t count) {       \
+    widen_any(from, dtype, to, count);                                                           \
+  }                                                                                              \
+  target void narrow_##name(const float* from, Dtype dtype, void* to, std::int64_t count) {      \
+    narrow_any(from, dtype, to, count);                                                          \
+  }                                                                                              \
+  target void draw_##name(const RandomStream& stream, std::uint32_t first, std::uint32_t* words, \
+                          std::uint32_t count) {                                                 \
+    draw_words(stream, first, words, count);                                                     \
+  }                                                                                              \
+  target void turn_##name(const std::uint32_t* words, int k, std::uint32_t* turned,              \
+                          std::uint32_t count) {                                                 \
+    turn_words(words, k, turned, count);                                                         \
+  }                                                                                              \
+  target void narrow_randomly_##name(const float* from, const Half* random, void* to,            \
+                                     std::int64_t count) {                                       \
+    narrow_any_randomly(from, random, to, count);                                                \
+  }                                                                                              \
+  target void join_##name(const void* param, const void* beside, Beside kind, float* to,         \
+                          std::int64_t count) {                                                  \
+    join_any(param, beside, kind, to, count);                                                    \
+  }                                                                                              \
+  target void split_##name(const float* from, const std::uint8_t* random, void* param,           \
+                           void* beside, Beside kind, std::int64_t count) {                      \
+    split_any(from, random, param, beside, kind, count);                                         \
+  }                                                                                              \
+  target void decode_##name(const void* codes, const float* scales, StateKind kind, float* to,   \
+                            std::int64_t count) {                                                \
+    decode_any(codes, scales, kind, to, count);                                                  \
+  }                                                                                              \
+  target void encode_##name(const float* from, StateKind kind, void* codes, float* scales,       \
+                            std::int64_t count) {                                                \
+    encode_any(from, kind, codes, scales, count);                                                \
+  }                                                                                              \
+  target void average_##name(const void* param, Dtype dtype, float* ema, float weight,           \
+                             std::int64_t count) {                                               \
+    average_any(param, dtype, ema, weight, count);                                               \
+  }                                                                                              \
+  target double square_sum_##name(const void* grad, Dtype dtype, std::int64_t count) {           \
+    return square_sum_any(grad, dtype, count);                                                   \
+  }                                                                                              \
+  target Observation observe_##name(const float* grad, const float* before, const float* after,  \
+                                    std::int64_t count) {                                        \
+    return observe_floats(grad, before, after, count);                                           \
+  }                                                                                              \
+  constexpr Tools kTools_##name{widen_##name,   narrow_##name,          draw_##name,             \
+                                turn_##name,    narrow_randomly_##name, join_##name,             \
+                                split_##name,   decode_##name,          encode_##name,           \
+                                average_##name, square_sum_##name,      observe_##name};
 
 FUSED_ADAMW_LEVEL(baseline, )
 #if defined(__x86_64__)

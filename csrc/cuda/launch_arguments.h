@@ -35,7 +35,7 @@ struct LaunchArguments {
   static constexpr int kScales = Storage::kHasCodes ? kStates : 0;
   static constexpr int kBytesPerTensor =
       (kPointers + kScales) * static_cast<int>(sizeof(void*)) + sizeof(std::int64_t) +
-      sizeof(std::uint32_t) + sizeof(std::int32_t) + (kWhole ? sizeof(std::int64_t) : 0) +
+      sizeof(std::uint32_t) + sizeof(std::int32_t) + (kWhole ? sizeof(std::uint32_t) : 0) +
       (kHasBeside ? sizeof(std::uint64_t) + sizeof(std::int64_t) : 0);
   static constexpr int kTensors =
       (kArgumentBytes - kRows * static_cast<int>(sizeof(Row<Functor>)) - 96) / kBytesPerTensor;
@@ -43,15 +43,16 @@ struct LaunchArguments {
   // The average of the parameter, with kWhole, and what is beside it follow the states.
   void* slot[kPointers][kTensors];
   std::int64_t numel[kTensors];
-  std::int64_t chunk[kWhole ? kTensors : 1];  // index of its first chunk in the whole list
   float* scale[kScales ? kScales : 1][kScales ? kTensors : 1];
   std::uint64_t key[kHasBeside ? kTensors : 1];
   std::int64_t offset[kHasBeside ? kTensors : 1];
+  std::int64_t chunk;     // index of the launch's first chunk in the whole list
   Observation* observed;  // one a chunk; or null
   Row<Functor> rows[kRows];
-  std::uint32_t first_chunk[kTensors + 1];  // the last entry in use is the number of blocks
-  std::int32_t row[kTensors];               // of `rows`, or of those on the device
-  const float* device_rows;                 // null: `rows`
+  std::uint32_t later[kWhole ? kTensors : 1];  // of the tensor's first chunk, from there on
+  std::uint32_t first_chunk[kTensors + 1];     // the last entry in use is the number of blocks
+  std::int32_t row[kTensors];                  // of `rows`, or of those on the device
+  const float* device_rows;                    // null: `rows`
   const std::int32_t* skip;  // where it says so, gradients are zeroed at most; or null
   std::int32_t tensors;
   Format format;
@@ -74,12 +75,13 @@ void pack(const Bucket& bucket, const Launch& launch,
   arguments.has_ema = bucket.has_ema;
   arguments.zero_grads = bucket.zero_grads;
   arguments.observed = reinterpret_cast<Observation*>(bucket.observed);
+  arguments.chunk = bucket.tensors[static_cast<std::size_t>(launch.tensors.front())].chunk;
   for (std::size_t i = 0; i < launch.tensors.size(); ++i) {
     const TensorEntry& tensor = bucket.tensors[static_cast<std::size_t>(launch.tensors[i])];
     for (int s = 0; s < Arguments::kSlots; ++s) arguments.slot[s][i] = tensor.slot[s];
     if constexpr (kWhole) {
       arguments.slot[Arguments::kEma][i] = tensor.ema;
-      arguments.chunk[i] = tensor.chunk;
+      arguments.later[i] = static_cast<std::uint32_t>(tensor.chunk - arguments.chunk);
     }
     if constexpr (Arguments::kHasBeside) {
       arguments.slot[Arguments::kBeside][i] = tensor.beside;

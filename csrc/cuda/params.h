@@ -5,53 +5,87 @@
 
 #include "core/platform.h"
 #include "cuda/packs.h"
+#include "cuda/words.h"
 #include "storage/beside.h"
-#include "storage/bytes.h"
 #include "storage/random.h"
 
 namespace fused_adamw::cuda {
 
-FUSED_ADAMW_HD std::uint32_t upper_of(std::int64_t index) {
-  return static_cast<std::uint32_t>(index >> 32);
-}
+// Words of random bits for kCount neighbours, each of which takes 32 >> kShare of them. Where the
+// first one's part is not the lowest of its word, which only a shard's may be, `shift` says how far
+// up it is, and there is a word more.
+template <int kCount, int kShare>
+struct RandomWords {
+  static constexpr int kWords = kCount >> kShare ? (kCount >> kShare) + 1 : 1;
+  std::uint32_t source[kWords];
+  int shift;
+
+  // Word `w`, beginning with the part of element `w << kShare`.
+  FUSED_ADAMW_HD std::uint32_t word(int w) const {
+    return funnel(source[w], kWords > 1 ? source[w + 1] : 0, shift);
+  }
+  // Those of state `k`, where these are of the parameter.
+  FUSED_ADAMW_HD RandomWords of_state(int k) const {
+    RandomWords words{{}, shift};
+    FUSED_ADAMW_UNROLL
+    for (int w = 0; w < kWords; ++w) words.source[w] = word_of_state(source[w], k);
+    return words;
+  }
+};
 
 // The random bits of a chunk's elements.
+template <int kShare>
 struct Draws {
   std::uint64_t key;
   std::uint32_t step;
   std::int64_t offset;  // of the tensor's first element
-  RandomStream stream;  // of the chunk's first element
-  // Whether packs begin at multiples of their length, and all indices share their upper 32 bits.
-  // Hardly any tensor begins elsewhere: only shards do.
-  bool is_simple;
+  RandomStream stream;  // of the chunk's first word
+  bool is_one_stream;   // as hardly any chunk is not
 
+  // The chunk is of elements [begin, end) of the tensor.
   FUSED_ADAMW_HD Draws(std::uint64_t key, std::uint32_t step, std::int64_t offset,
-                       std::int64_t begin, std::int64_t end, int pack)
+                       std::int64_t begin, std::int64_t end)
       : key(key),
         step(step),
         offset(offset),
-        stream(key, step, upper_of(offset + begin)),
-        is_simple(offset % pack == 0 && upper_of(offset + begin) == upper_of(offset + end - 1)) {}
+        stream(stream_at((offset + begin) >> kShare)),
+        is_one_stream((offset + begin) >> kShare >> 32 == (offset + end - 1) >> kShare >> 32) {}
 
-  // Of kCount elements from `i` on, a multiple of kCount.
+  // Of kCount elements from `i` on.
   template <int kCount>
-  FUSED_ADAMW_HD void draw(std::int64_t i, std::uint32_t (&bits)[kCount]) const {
-    const std::int64_t index = offset + i;
-    const std::uint32_t lower = static_cast<std::uint32_t>(index);
-    if (is_simple) {
-      const std::uint32_t folded = stream.folded(lower);
-      FUSED_ADAMW_UNROLL
-      for (int j = 0; j < kCount; ++j) bits[j] = stream.finished(folded ^ j);
-    } else {
-      const RandomStream here(key, step, upper_of(index)), next(key, step, upper_of(index) + 1);
-      FUSED_ADAMW_UNROLL
-      for (int j = 0; j < kCount; ++j) {
-        const std::uint32_t at = lower + static_cast<std::uint32_t>(j);
-        bits[j] = at < lower ? next.bits(at) : here.bits(at);
-      }
+  FUSED_ADAMW_HD RandomWords<kCount, kShare> of(std::int64_t i) const {
+    using Words = RandomWords<kCount, kShare>;
+    const std::int64_t index = offset + i, first = index >> kShare;
+    Words words;
+    words.shift = static_cast<int>(index & ((1 << kShare) - 1)) * (32 >> kShare);
+    FUSED_ADAMW_UNROLL
+    for (int w = 0; w < Words::kWords; ++w) {
+      const RandomStream here = is_one_stream ? stream : stream_at(first + w);
+      words.source[w] = here.word(static_cast<std::uint32_t>(first + w));
     }
+    return words;
+  }
+
+ private:
+  FUSED_ADAMW_HD RandomStream stream_at(std::int64_t word) const {
+    return RandomStream(key, step, static_cast<std::uint32_t>(word >> 32));
   }
 };
+
+// Writes bfloat16, rounded stochastically.
+template <int kCount>
+FUSED_ADAMW_HD void round_stochastically(const float (&value)[kCount],
+                                         const RandomWords<kCount, kShareOf16Bits>& random,
+                                         std::uint32_t* to) {
+  if constexpr (kCount == 1) {
+    to[0] = rounded_stochastically(value[0], random.word(0) & 0xffffu).bits;
+  } else {
+    FUSED_ADAMW_UNROLL
+    for (int j = 0; j < kCount; j += 2) {
+      to[j / 2] = pair_rounded_stochastically(value[j], value[j + 1], random.word(j / 2));
+    }
+  }
+}
 
 // [note: raw params] Parameters and what is beside them as they lie in memory, in the registers of
 // as many floats: a float32 parameter or a master fills them, others have a half each.
@@ -89,57 +123,6 @@ FUSED_ADAMW_HD void load_params(const Format& format, const void* param, const v
   });
 }
 
-// Four neighbours' parameters and remainders, from and to the words that have them: two words of
-// parameters, and two or one of remainders. See [note: remainders].
-template <class Kind>
-struct Four;
-
-template <>
-struct Four<Remainder16> {
-  FUSED_ADAMW_HD static void values(const std::uint32_t* params, const std::uint32_t* remainders,
-                                    float* value) {
-    FUSED_ADAMW_UNROLL
-    for (int w = 0; w < 2; ++w) {
-      const std::uint32_t lower = remainders[w] ^ 0x80008000u;
-      value[2 * w] = without_carry(permuted(params[w], lower, 0x1054));
-      value[2 * w + 1] = without_carry(permuted(params[w], lower, 0x3276));
-    }
-  }
-  FUSED_ADAMW_HD static void store(const float* value, const std::uint32_t*, std::uint32_t* params,
-                                   std::uint32_t* remainders) {
-    FUSED_ADAMW_UNROLL
-    for (int w = 0; w < 2; ++w) {
-      const std::uint32_t x = with_carry(value[2 * w], 0), y = with_carry(value[2 * w + 1], 0);
-      params[w] = permuted(x, y, 0x7632);
-      remainders[w] = permuted(x, y, 0x5410) ^ 0x80008000u;
-    }
-  }
-};
-
-template <>
-struct Four<Remainder8> {
-  FUSED_ADAMW_HD static void values(const std::uint32_t* params, const std::uint32_t* remainders,
-                                    float* value) {
-    // With zeros for the lowest bytes.
-    const std::uint32_t even = (remainders[0] ^ 0x80808080u) & 0x00ff00ffu;
-    const std::uint32_t odd = (remainders[0] ^ 0x80808080u) & 0xff00ff00u;
-    value[0] = without_carry(permuted(params[0], even, 0x1045));
-    value[1] = without_carry(permuted(params[0], odd, 0x3254));
-    value[2] = without_carry(permuted(params[1], even, 0x1067));
-    value[3] = without_carry(permuted(params[1], odd, 0x3276));
-  }
-  FUSED_ADAMW_HD static void store(const float* value, const std::uint32_t* random,
-                                   std::uint32_t* params, std::uint32_t* remainders) {
-    std::uint32_t x[4];
-    FUSED_ADAMW_UNROLL
-    for (int j = 0; j < 4; ++j) x[j] = with_carry(value[j], random[j] & 0xffu);
-    params[0] = permuted(x[0], x[1], 0x7632);
-    params[1] = permuted(x[2], x[3], 0x7632);
-    const std::uint32_t first = permuted(x[0], x[1], 0x0051), second = permuted(x[2], x[3], 0x0051);
-    remainders[0] = permuted(first, second, 0x5410) ^ 0x80808080u;
-  }
-};
-
 template <class Storage, int kCount>
 FUSED_ADAMW_HD void values_of(const Format& format, const RawParams<kCount>& raw,
                               float (&value)[kCount]) {
@@ -151,7 +134,7 @@ FUSED_ADAMW_HD void values_of(const Format& format, const RawParams<kCount>& raw
     using Kind = decltype(kind);
     using Element = typename Kind::Element;
     constexpr int kSize = sizeof(Element);
-    if constexpr (Storage::kHasCodes && kCount % 4 == 0) {
+    if constexpr (kCount % 4 == 0 && kHasFour<Kind>) {
       FUSED_ADAMW_UNROLL
       for (int j = 0; j < kCount; j += 4) {
         Four<Kind>::values(raw.words + j / 2, raw.words + kCount / 2 + j * kSize / 4, value + j);
@@ -166,7 +149,7 @@ FUSED_ADAMW_HD void values_of(const Format& format, const RawParams<kCount>& raw
   });
 }
 
-// The inverse; draw(bits) makes the random bits of the elements.
+// The inverse; draw() makes RandomWords.
 template <class Storage, int kCount, class Draw>
 FUSED_ADAMW_HD void encode_params(const Format& format, const float (&value)[kCount], Draw&& draw,
                                   RawParams<kCount>& raw) {
@@ -174,33 +157,28 @@ FUSED_ADAMW_HD void encode_params(const Format& format, const float (&value)[kCo
     memcpy(&raw, value, sizeof value);
     return;
   }
-  raw = {};
-  std::uint32_t bits[kCount] = {};
-  if (!Storage::kHasCodes && format.beside == Beside::kNothing) {  // stochastic
-    draw(bits);
-    FUSED_ADAMW_UNROLL
-    for (int j = 0; j < kCount; ++j) {
-      raw.put(j * 2, rounded_stochastically(value[j], bits_of_param(bits[j])));
-    }
-    return;
+  if constexpr (!Storage::kHasCodes) {
+    if (format.beside == Beside::kNothing) return round_stochastically(value, draw(), raw.words);
   }
   with_beside<Storage>(format.beside, [&](auto kind) {
     using Kind = decltype(kind);
     using Element = typename Kind::Element;
     constexpr int kSize = sizeof(Element);
-    if constexpr (std::is_same_v<Kind, Remainder8>) draw(bits);
-    if constexpr (Storage::kHasCodes && kCount % 4 == 0) {
+    if constexpr (kCount % 4 == 0 && kHasFour<Kind>) {
       FUSED_ADAMW_UNROLL
       for (int j = 0; j < kCount; j += 4) {
-        Four<Kind>::store(value + j, bits + j, raw.words + j / 2,
+        std::uint32_t random = 0;
+        if constexpr (kSize == 1) random = draw().word(j / 4);
+        Four<Kind>::store(value + j, random, raw.words + j / 2,
                           raw.words + kCount / 2 + j * kSize / 4);
       }
     } else {
+      raw = {};
       FUSED_ADAMW_UNROLL
       for (int j = 0; j < kCount; ++j) {
         bfloat16 param;
         Element beside;
-        Kind::store(value[j], bits[j], param, beside);
+        Kind::store(value[j], 0, param, beside);
         raw.put(j * 2, param);
         raw.put(kCount * 2 + j * kSize, beside);
       }
@@ -215,10 +193,15 @@ FUSED_ADAMW_HD void store_rounded(Dtype dtype, const RawParams<kCount>& raw, voi
   float value[kCount];
   widen<float>(raw, value);
   if (dtype == Dtype::kFloat16) return store(static_cast<float16*>(param) + i, value);
-  Pack<bfloat16, kCount> rounded;
-  FUSED_ADAMW_UNROLL
-  for (int j = 0; j < kCount; ++j) rounded.at[j] = rounded_away(value[j]);
-  *reinterpret_cast<Pack<bfloat16, kCount>*>(static_cast<bfloat16*>(param) + i) = rounded;
+  Raw<kCount * 2> rounded;
+  if constexpr (kCount == 1) {
+    rounded.words[0] = rounded_away(value[0]).bits;
+  } else {
+    FUSED_ADAMW_UNROLL
+    for (int j = 0; j < kCount; j += 2)
+      rounded.words[j / 2] = pair_rounded_away(value[j], value[j + 1]);
+  }
+  Wide<kCount>{}.store(static_cast<bfloat16*>(param) + i, rounded);
 }
 
 template <class Storage, int kCount, class Access>

@@ -6,6 +6,7 @@
 #include "core/bucket.h"
 #include "core/platform.h"
 #include "storage/format.h"
+#include "storage/random.h"
 
 namespace fused_adamw::cuda {
 
@@ -17,6 +18,7 @@ constexpr int kAccessBytes = 16;
 //   kWidest     bytes of the widest of them
 //   kHasBeside  whether something may be beside the parameter, or bits are drawn
 //   kHasCodes   whether states are codes
+//   kShare      how many elements share a word of random bits, as a power of two: with kHasBeside
 //   with_type(dtype, use)
 //               calls use(T{}) with the type of an array's elements
 
@@ -55,12 +57,14 @@ struct Mixed {
 // Something beside the parameter, or stochastic rounding: told apart when it runs, too.
 struct Joined : Mixed {
   static constexpr bool kHasBeside = true;
+  static constexpr int kShare = kShareOf16Bits;
 };
 
 // The same with states of codes.
 struct Coded : Mixed {
   static constexpr int kPerThread = kAccessBytes / 1;
   static constexpr bool kHasBeside = true, kHasCodes = true;
+  static constexpr int kShare = kShareOf8Bits;
 };
 
 // Calls visit(Storage{}, kWhole) with the way to the arrays of a bucket, and whether the step does

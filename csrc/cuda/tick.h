@@ -34,7 +34,7 @@ struct GroupRecord {
 };
 
 struct ParameterRecord {
-  float* step;         // steps taken
+  float* step;         // steps taken; null where the rule keeps nothing and does not ask
   double* scalar;      // what the rule carries; or null
   float* averaged;     // 0 before the first average; or null
   std::int64_t group;  // index of its record
@@ -55,8 +55,9 @@ struct TickArguments {
   int group_count, parameter_count;
   const double* squares;  // one a group; null where the norm is not measured
   const float* grad_scale;
-  const float* found_inf;         // or null
-  const float* max_grad_norm_at;  // or null: max_grad_norm; infinite where nothing is clipped
+  const float* found_inf;  // or null
+  bool clips;
+  const float* max_grad_norm_at;  // or null: max_grad_norm
   double max_grad_norm;
   bool skip_nonfinite;
   float* rows;
@@ -87,10 +88,10 @@ FUSED_ADAMW_HD Decision decide(const TickArguments& arguments) {
   if (arguments.squares) {
     double total = 0.0;
     for (int g = 0; g < arguments.group_count; ++g) total += arguments.squares[g];
-    const double norm = sqrt(total) / scale;
+    const double norm = norm_of(total, scale);
     const double most =
         arguments.max_grad_norm_at ? *arguments.max_grad_norm_at : arguments.max_grad_norm;
-    if (!(most - most != 0.0)) coefficient = clip_coefficient(norm, most);
+    if (arguments.clips) coefficient = clip_coefficient(norm, most);
     if (arguments.skip_nonfinite && !(norm - norm == 0.0)) decision.skip = true;
     decision.norm = static_cast<float>(norm);
   }
@@ -115,7 +116,7 @@ FUSED_ADAMW_HD void tick_parameter(const TickArguments& arguments, const Decisio
   if (group.schedule) {
     values[group.multiplier] = schedules::evaluate(group.schedule, *group.schedule_step);
   }
-  Position at{static_cast<std::int64_t>(*parameter.step) + 1,
+  Position at{parameter.step ? static_cast<std::int64_t>(*parameter.step) + 1 : 2,
               parameter.scalar ? *parameter.scalar : 0.0};
   float* row = arguments.rows + parameter.row * kDeviceRow;
   visit_rule(Rules{}, static_cast<int>(group.rule), [&](auto rule) {
@@ -130,7 +131,7 @@ FUSED_ADAMW_HD void tick_parameter(const TickArguments& arguments, const Decisio
                                 static_cast<std::uint32_t>(*group.schedule_step)};
     memcpy(row + sizeof c / sizeof(float), &pass, sizeof pass);
   });
-  *parameter.step += 1.0f;
+  if (parameter.step) *parameter.step += 1.0f;
   if (parameter.scalar) *parameter.scalar = at.scalar;
   if (parameter.averaged) *parameter.averaged = 1.0f;
 }

@@ -39,7 +39,8 @@ template <class Functor, class Storage, bool kWhole>
 FUSED_ADAMW_HD Observation& observation_of(
     const LaunchArguments<Functor, Storage, kWhole>& arguments, std::uint32_t block) {
   const int tensor = tensor_of(arguments, block);
-  return arguments.observed[arguments.chunk[tensor] + (block - arguments.first_chunk[tensor])];
+  return arguments.observed[arguments.chunk + arguments.later[tensor] +
+                            (block - arguments.first_chunk[tensor])];
 }
 
 // One lane of a segment's squares: [note: square sums].

@@ -23,11 +23,11 @@ namespace fused_adamw::cuda {
 constexpr int kCodesPerThread = Coded::kPerThread;
 constexpr int kTeam = kCodeBlock / kCodesPerThread;
 
-// What a thread keeps of its pack's states between the parts: what is coded of them (a root, of a
-// square), and the bits of the largest magnitude.
+// What a thread keeps of its pack's states between the parts: their values, and the bits of the
+// largest magnitude.
 template <int kStates>
 struct Uncoded {
-  StateArray<kStates> coded[kCodesPerThread];
+  StateArray<kStates> value[kCodesPerThread];
   std::uint32_t largest[kStates > 0 ? kStates : 1];
 };
 
@@ -72,8 +72,7 @@ struct Place {
 
 template <class Functor, class Storage, bool kWhole, class Access>
 FUSED_ADAMW_HD void load_grads(const Work<Functor, Storage, kWhole>& work, const Place& at,
-                               const Access& access,
-                               Raw<kCodesPerThread * sizeof(float)>& raw) {
+                               const Access& access, Raw<kCodesPerThread * sizeof(float)>& raw) {
   const void* from = work.arrays.slot[kGrad];
   if (work.arguments.format.grad == Dtype::kFloat32) {
     access.load(static_cast<const float*>(from) + at.i, raw);
@@ -147,8 +146,8 @@ FUSED_ADAMW_HD void zero_pack(const Work<Functor, Storage, kWhole>& work, const 
 
 // The first part: everything but the codes of the new states.
 template <class Functor, class Storage, bool kWhole>
-FUSED_ADAMW_HD void update_pack(const Work<Functor, Storage, kWhole>& work,
-                                const Row<Functor>& row, const Draws& draws, const Place& at,
+FUSED_ADAMW_HD void update_pack(const Work<Functor, Storage, kWhole>& work, const Row<Functor>& row,
+                                const Draws<Storage::kShare>& draws, const Place& at,
                                 Uncoded<Functor::kStates>& states, Observation& observed) {
   constexpr int kStates = Functor::kStates, kCount = kCodesPerThread;
   const auto& arguments = work.arguments;
@@ -176,7 +175,7 @@ FUSED_ADAMW_HD void update_pack(const Work<Functor, Storage, kWhole>& work,
 
   FUSED_ADAMW_UNROLL
   for (int j = 0; j < kCount; ++j) {
-    StateArray<kStates> state;
+    StateArray<kStates>& state = states.value[j];
     for_each_state<kStates>([&](auto index) {
       constexpr int k = decltype(index)::value;
       using Codes = CodesOf<Functor, k>;
@@ -184,31 +183,26 @@ FUSED_ADAMW_HD void update_pack(const Work<Functor, Storage, kWhole>& work,
       state[k] = Codes::value_of(code, Codes::unit_of(scale[k]));
     });
     Functor::update(row.rule, param[j], grad[j] * row.pass.grad_factor, state);
-    for_each_state<kStates>([&](auto index) {
-      constexpr int k = decltype(index)::value;
-      states.coded[j][k] = CodesOf<Functor, k>::coded(state[k]);
-    });
   }
   if (at.count < kCount) {  // what is not there has no say
     FUSED_ADAMW_UNROLL
     for (int j = 0; j < kCount; ++j) {
       FUSED_ADAMW_UNROLL
       for (int k = 0; k < kStates; ++k) {
-        if (j >= at.count) states.coded[j][k] = 0.0f;
+        if (j >= at.count) states.value[j][k] = 0.0f;
       }
     }
   }
-  for_each_state<kStates>([&](auto index) {
-    constexpr int k = decltype(index)::value;
+  FUSED_ADAMW_UNROLL
+  for (int k = 0; k < kStates; ++k) {
     states.largest[k] = 0;
     FUSED_ADAMW_UNROLL
     for (int j = 0; j < kCount; ++j) {
-      states.largest[k] = CodesOf<Functor, k>::larger(states.largest[k], states.coded[j][k]);
+      states.largest[k] = larger_magnitude(states.largest[k], states.value[j][k]);
     }
-  });
+  }
 
-  encode_params<Storage>(
-      format, param, [&](auto& bits) { draws.draw(at.i, bits); }, raw);
+  encode_params<Storage>(format, param, [&] { return draws.template of<kCount>(at.i); }, raw);
   if (arguments.observed != nullptr) observe_pack(work, at, raw, observed);
   at.with_access([&](const auto& access) {
     store_params<Storage, kCount>(format, raw, arrays.slot[kParam], arrays.beside(), at.i, access);
@@ -230,9 +224,9 @@ FUSED_ADAMW_HD void encode_pack(const Work<Functor, Storage, kWhole>& work, cons
     const float factor = Codes::factor_of(scale);
     FUSED_ADAMW_UNROLL
     for (int j = 0; j < kCount; j += 4) {
-      const float four[] = {states.coded[j][k], states.coded[j + 1][k], states.coded[j + 2][k],
-                            states.coded[j + 3][k]};
-      const std::uint32_t word = Codes::word_of(four, factor);
+      const float four[] = {states.value[j][k], states.value[j + 1][k], states.value[j + 2][k],
+                            states.value[j + 3][k]};
+      const std::uint32_t word = codes_of<Functor::kKinds[k]>(four, factor);
       codes[k].words[j / 4] = factor == 0.0f ? 0 : word;
     }
     if (at.begins_block()) work.arrays.scale[k][at.block()] = scale;
@@ -254,7 +248,7 @@ FUSED_ADAMW_HD void update_coded(const Work<Functor, Storage, kWhole>& work,
   constexpr int kPlayed = Team::kPlayed, kStates = Functor::kStates;
   static_assert(kTeam % kPlayed == 0 && kLanes % kTeam == 0, "a team is part of a warp");
   const bool aligned = work.arrays.aligned();
-  const Draws draws = draws_of(work, row.pass.random_step);
+  const auto draws = draws_of(work, row.pass.random_step);
   const int lane = thread % kLanes * kCodesPerThread;
   FUSED_ADAMW_NO_UNROLL
   for (std::int64_t first = work.begin + thread / kLanes * (kLanes * kCodesPerThread);

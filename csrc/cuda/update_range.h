@@ -11,22 +11,17 @@
 
 namespace fused_adamw::cuda {
 
-// One array of states, of dtype `dtype`; `slot` is its place among the slots.
-template <class Storage, int kCount>
-FUSED_ADAMW_HD void store_states(const Format& format, const float (&value)[kCount],
-                                 const std::uint32_t (&bits)[kCount], int slot, void* to,
-                                 std::int64_t i) {
-  if (Storage::kHasBeside && format.stochastic && format.state == Dtype::kBfloat16) {
-    Pack<bfloat16, kCount> pack;
-    FUSED_ADAMW_UNROLL
-    for (int j = 0; j < kCount; ++j) {
-      pack.at[j] = rounded_stochastically(value[j], bits_of_state(bits[j], slot - kFirstState));
-    }
-    *reinterpret_cast<Pack<bfloat16, kCount>*>(static_cast<bfloat16*>(to) + i) = pack;
-    return;
+// The slots from `first` on but the gradient, rounded to nearest.
+template <class Storage, int kCount, int kSlots, int kPointers>
+FUSED_ADAMW_HD void store_slots(const Format& format, const float (&value)[kSlots][kCount],
+                                int first, void* const (&to)[kPointers], std::int64_t i) {
+  FUSED_ADAMW_UNROLL
+  for (int k = first; k < kSlots; ++k) {
+    if (k == kGrad) continue;
+    Storage::with_type(format.of_slot(k), [&](auto type) {
+      store(static_cast<decltype(type)*>(to[k]) + i, value[k]);
+    });
   }
-  Storage::with_type(format.state,
-                     [&](auto type) { store(static_cast<decltype(type)*>(to) + i, value); });
 }
 
 // Elements [begin, end) of one tensor, which are a multiple of kCount, so many at a time by each
@@ -77,22 +72,25 @@ FUSED_ADAMW_HD void update_range(const Work<Functor, Storage, kWhole>& work,
       for (int k = 0; k < kStates; ++k) value[kFirstState + k][j] = state[k];
     }
 
-    std::uint32_t bits[kCount] = {};
     RawParams<kCount> stored;
     if constexpr (kHasBeside) {
-      if (format.stochastic) draws.draw(i, bits);
-      encode_params<Storage>(
-          format, value[kParam], [&](auto& to) { memcpy(to, bits, sizeof bits); }, stored);
+      RandomWords<kCount, Storage::kShare> random{};
+      if (format.stochastic) random = draws.template of<kCount>(i);
+      encode_params<Storage>(format, value[kParam], [&] { return random; }, stored);
       store_params<Storage, kCount>(format, stored, arrays.slot[kParam], arrays.beside(), i,
                                     access);
+      if (format.stochastic && format.state == Dtype::kBfloat16) {
+        FUSED_ADAMW_UNROLL
+        for (int k = 0; k < kStates; ++k) {
+          Raw<kCount * 2> rounded;
+          round_stochastically(value[kFirstState + k], random.of_state(k), rounded.words);
+          access.store(static_cast<bfloat16*>(arrays.slot[kFirstState + k]) + i, rounded);
+        }
+      } else {
+        store_slots<Storage>(format, value, kFirstState, arrays.slot, i);
+      }
     } else {
-      Storage::with_type(format.param, [&](auto type) {
-        store(static_cast<decltype(type)*>(arrays.slot[kParam]) + i, value[kParam]);
-      });
-    }
-    FUSED_ADAMW_UNROLL
-    for (int k = kFirstState; k < kSlots; ++k) {
-      store_states<Storage>(format, value[k], bits, k, arrays.slot[k], i);
+      store_slots<Storage>(format, value, kParam, arrays.slot, i);
     }
 
     if constexpr (kWhole) {

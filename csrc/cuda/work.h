@@ -46,8 +46,8 @@ FUSED_ADAMW_HD Row<Functor> row_of(const LaunchArguments<Functor, Storage, kWhol
                                    int tensor) {
   const int index = arguments.row[tensor];
   return arguments.device_rows
-             ? *reinterpret_cast<const Row<Functor>*>(
-                   arguments.device_rows + static_cast<std::int64_t>(index) * kDeviceRow)
+             ? *reinterpret_cast<const Row<Functor>*>(arguments.device_rows +
+                                                      static_cast<std::int64_t>(index) * kDeviceRow)
              : arguments.rows[index];
 }
 
@@ -68,8 +68,8 @@ struct Work {
       : arguments(arguments),
         tensor(tensor),
         begin(static_cast<std::int64_t>(block - arguments.first_chunk[tensor]) * kChunk),
-        end(begin + (arguments.numel[tensor] - begin < kChunk ? arguments.numel[tensor] - begin
-                                                              : kChunk)),
+        end(begin +
+            (arguments.numel[tensor] - begin < kChunk ? arguments.numel[tensor] - begin : kChunk)),
         arrays(arguments, tensor) {}
 };
 
@@ -77,8 +77,8 @@ struct Work {
 template <class Functor, class Storage, bool kWhole>
 FUSED_ADAMW_HD auto draws_of(const Work<Functor, Storage, kWhole>& work, std::uint32_t step) {
   if constexpr (Storage::kHasBeside) {
-    return Draws(work.arguments.key[work.tensor], step, work.arguments.offset[work.tensor],
-                 work.begin, work.end, Storage::kPerThread);
+    return Draws<Storage::kShare>(work.arguments.key[work.tensor], step,
+                                  work.arguments.offset[work.tensor], work.begin, work.end);
   } else {
     return std::false_type{};
   }

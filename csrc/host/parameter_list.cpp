@@ -206,6 +206,10 @@ void ParameterList::register_state(Entry& entry, std::size_t i, py::dict state) 
                               [&](dlpack::DataType x) { return is_beside(entry.beside_kind, x); });
   }
 
+  // Where there are no states their dtype is that of a format with such a parameter.
+  if (entry.states == 0 && entry.beside_kind == Beside::kMaster) entry.state_dtype = kF32;
+  if (entry.states == 0 && entry.beside_kind == Beside::kRemainder8) entry.state_dtype = kC8;
+
   const py::object average = registration_.averages[i];
   if (!average.is_none()) {
     const StateMemory<void> ema =
@@ -349,7 +353,7 @@ bool ParameterList::gather(const std::vector<const Hyperparameters*>& groups,
     if (route == nullptr || !route->fits(entry, grad_dtype, at)) {
       const Hyperparameters& group = *groups.at(static_cast<std::size_t>(entry.group));
       if (entry.states != group.states) return false;
-      if (entry.state_dtype == Dtype::kCode8) {
+      if (entry.state_dtype == kC8) {
         check_codes(entry, functor_info(group.functor).kinds);
       }
       route = &route_of(entry, group, grad_dtype, at);
@@ -713,17 +717,16 @@ void ParameterList::check_gradient_memory(const Entry& entry, const void* grad, 
 
 // A gradient that is zeroed once it has been read must not be another's too.
 void ParameterList::check_gradients_disjoint() {
-  std::vector<const void*> found;
-  for (const auto& [i, route] : updated_) found.push_back(entries_[i].checked_grad);
-  if (found == disjoint_) return;
-  disjoint_.clear();
-  std::vector<Range> ranges;
+  std::vector<Range> found;
   for (const auto& [i, route] : updated_) {
     const Entry& entry = entries_[i];
     const auto* begin = static_cast<const char*>(entry.checked_grad);
     if (entry.numel == 0) continue;
-    ranges.push_back({begin, begin + entry.numel * element_size(entry.checked_grad_dtype), &entry});
+    found.push_back({begin, begin + entry.numel * element_size(entry.checked_grad_dtype), &entry});
   }
+  if (found == disjoint_) return;
+  disjoint_.clear();
+  std::vector<Range> ranges = found;
   std::sort(ranges.begin(), ranges.end(),
             [](const Range& x, const Range& y) { return x.before(y); });
   for (std::size_t k = 1; k < ranges.size(); ++k) {

@@ -161,6 +161,9 @@ class ParameterList {
     const Entry* entry;
 
     bool before(const Range& other) const;
+    bool operator==(const Range& other) const {
+      return begin == other.begin && end == other.end && entry == other.entry;
+    }
   };
   // Where tensors of one group, dtypes and position go.
   struct Route {
@@ -221,7 +224,7 @@ class ParameterList {
   py::list zeroed_, restrided_;
   std::int64_t chunks_ = 0;
   std::vector<ChunkRun> chunk_runs_;
-  std::vector<const void*> disjoint_;  // gradients that were last found not to overlap
+  std::vector<Range> disjoint_;  // gradients that were last found not to overlap
 };
 
 }  // namespace fused_adamw::host

@@ -35,7 +35,7 @@ FUSED_ADAMW_HD constexpr int besides_size(Beside beside) {
   return beside == Beside::kMaster ? 4 : beside == Beside::kRemainder8 ? 1 : 2;
 }
 
-constexpr std::uint32_t kBfloat16Nan = 0x7fc0u;
+constexpr std::uint32_t kBfloat16Nan = 0x7fc0u, kQuietNan = 0x7fc00000u;
 
 // To the nearest bfloat16, away from zero if there are two.
 FUSED_ADAMW_HD bfloat16 rounded_away(float x) {
@@ -47,26 +47,17 @@ FUSED_ADAMW_HD bfloat16 rounded_stochastically(float x, std::uint32_t random) {
   return {static_cast<std::uint16_t>(x != x ? kBfloat16Nan : (bits_of(x) + random) >> 16)};
 }
 
-// [note: remainders] The bits of a value plus 0x8000 have the parameter as their upper half; their
-// lower half is the remainder with its sign turned round.
-FUSED_ADAMW_HD float without_carry(std::uint32_t carried) { return float_of(carried - 0x8000u); }
-// `random`: what is added before the bits are cut.
-FUSED_ADAMW_HD std::uint32_t with_carry(float x, std::uint32_t random) {
-  return x != x ? (kBfloat16Nan << 16) + 0x8000u : bits_of(x) + random + 0x8000u;
-}
-
-// `Element` beside a bfloat16; `random` are the bits of the element.
+// `Element` beside a bfloat16; `random` has 8 bits, of which only Remainder8 makes use.
 struct Remainder16 {
   using Element = std::int16_t;
 
   FUSED_ADAMW_HD static float value(bfloat16 param, Element remainder) {
-    const std::uint32_t lower = (static_cast<std::uint32_t>(remainder) & 0xffffu) ^ 0x8000u;
-    return without_carry(static_cast<std::uint32_t>(param.bits) << 16 | lower);
+    return float_of((static_cast<std::uint32_t>(param.bits) << 16) +
+                    static_cast<std::uint32_t>(static_cast<std::int32_t>(remainder)));
   }
   FUSED_ADAMW_HD static void store(float x, std::uint32_t, bfloat16& param, Element& remainder) {
-    const std::uint32_t carried = with_carry(x, 0);
-    param = {static_cast<std::uint16_t>(carried >> 16)};
-    remainder = static_cast<Element>((carried & 0xffffu) ^ 0x8000u);
+    param = rounded_away(x);
+    remainder = static_cast<Element>(x != x ? 0 : bits_of(x) & 0xffffu);
   }
 };
 
@@ -74,14 +65,16 @@ struct Remainder8 {
   using Element = std::int8_t;
 
   FUSED_ADAMW_HD static float value(bfloat16 param, Element remainder) {
-    const std::uint32_t lower = (static_cast<std::uint32_t>(remainder) & 0xffu) ^ 0x80u;
-    return without_carry(static_cast<std::uint32_t>(param.bits) << 16 | lower << 8);
+    return float_of((static_cast<std::uint32_t>(param.bits) << 16) +
+                    (static_cast<std::uint32_t>(static_cast<std::int32_t>(remainder)) << 8));
   }
   FUSED_ADAMW_HD static void store(float x, std::uint32_t random, bfloat16& param,
                                    Element& remainder) {
-    const std::uint32_t carried = with_carry(x, random & 0xffu);
-    param = {static_cast<std::uint16_t>(carried >> 16)};
-    remainder = static_cast<Element>((carried >> 8 & 0xffu) ^ 0x80u);
+    // By masks: a compiler would branch around what a NaN does not need.
+    const std::uint32_t number = x == x ? 0xffffff00u : 0u;
+    const std::uint32_t rounded = ((bits_of(x) + random) & number) | (kQuietNan & ~number);
+    param = {static_cast<std::uint16_t>((rounded + 0x8000u) >> 16)};
+    remainder = static_cast<Element>(rounded >> 8 & 0xffu);
   }
 };
 

@@ -3,9 +3,10 @@
 // [note: random bits] They are a function of the optimizer's seed, the parameter's number, the
 // steps taken, and the index of the element in the whole tensor, and of nothing else: neither
 // threads nor launches nor the cut of a tensor into shards decide a bit, and a run that is resumed
-// draws what it would have drawn. Two rounds of multiply and xor-shift (the constants of lowbias32,
-// Chris Wellons) mix a counter; a second word of the key comes between them, so that no two keys
-// see one sequence in another order.
+// draws what it would have drawn. A word of 32 bits serves two neighbours with 16 bits each, or
+// four with 8; its own index is theirs divided by 2 or 4. Two rounds of multiply and xor-shift (the
+// constants of lowbias32, Chris Wellons) mix that index; a second word of the key comes between
+// them, so that no two keys see one sequence in another order.
 #pragma once
 
 #include <cstdint>
@@ -22,37 +23,42 @@ FUSED_ADAMW_HD std::uint32_t mix(std::uint32_t x) {
   return x ^ x >> 16;
 }
 
-// Of the elements of one tensor at one step whose global indices share their upper 32 bits.
+// Of one tensor at one step, for words whose indices share their upper 32 bits.
 struct RandomStream {
-  static constexpr std::uint32_t kFactor = 0x846ca68bu;
-  std::uint32_t first, second;  // the second times kFactor
+  std::uint32_t first, second;
 
   FUSED_ADAMW_HD RandomStream(std::uint64_t key, std::uint32_t step, std::uint32_t upper) {
     first = mix(mix(static_cast<std::uint32_t>(key) + step) + upper);
-    second = mix(first ^ static_cast<std::uint32_t>(key >> 32)) * kFactor;
+    second = mix(first ^ static_cast<std::uint32_t>(key >> 32));
   }
 
-  // 32 bits for an element.
-  FUSED_ADAMW_HD std::uint32_t bits(std::uint32_t lower) const { return finished(folded(lower)); }
-
-  // In two parts, since folded(lower + j) is folded(lower) ^ j where `lower` is a multiple of a
-  // power of two, at most 2^16, that is above j.
-  FUSED_ADAMW_HD std::uint32_t folded(std::uint32_t lower) const {
-    const std::uint32_t x = lower ^ first;
-    return x ^ x >> 16;
-  }
-  FUSED_ADAMW_HD std::uint32_t finished(std::uint32_t x) const {
+  FUSED_ADAMW_HD std::uint32_t word(std::uint32_t lower) const {
+    std::uint32_t x = lower ^ first;
+    x ^= x >> 16;
     x *= 0x7feb352du;
-    x = (x ^ x >> 15) * kFactor + second;
+    x ^= x >> 15;
+    x += second;
+    x *= 0x846ca68bu;
     return x ^ x >> 16;
   }
 };
 
-// 16 of an element's bits for each of its numbers: the parameter, or state `k`.
-FUSED_ADAMW_HD std::uint32_t bits_of_param(std::uint32_t bits) { return bits & 0xffffu; }
-FUSED_ADAMW_HD std::uint32_t bits_of_state(std::uint32_t bits, int k) {
+// Elements that share a word, as a power of two.
+constexpr int kShareOf16Bits = 1, kShareOf8Bits = 2;
+
+// The word that rounds state `k` where `word` rounds the parameter.
+FUSED_ADAMW_HD std::uint32_t word_of_state(std::uint32_t word, int k) {
   const std::uint32_t odd = k == 0 ? 0x9e3779b1u : k == 1 ? 0x85ebca77u : 0xc2b2ae3du;
-  return bits * odd >> 16;
+  const std::uint32_t product = word * odd;
+  return product ^ product >> 16;  // whose lower half alone would follow from the word's
+}
+
+// An element's part of its word.
+FUSED_ADAMW_HD std::uint32_t half_of(std::uint32_t word, std::int64_t index) {
+  return index & 1 ? word >> 16 : word & 0xffffu;
+}
+FUSED_ADAMW_HD std::uint32_t byte_of(std::uint32_t word, std::int64_t index) {
+  return word >> 8 * static_cast<int>(index & 3) & 0xffu;
 }
 
 // The key of a parameter's streams: splitmix64 (Steele, Lea & Flood, OOPSLA 2014).

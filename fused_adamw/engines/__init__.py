@@ -36,8 +36,8 @@ class Engine(NamedTuple):
 
     update: Callable[[_C.Bucket, Sequence[_C.Hyperparameters]], object]
     square_sums: Callable[[_C.Bucket, Tensor], object]
-    fold: Callable[[_C.FoldArguments, _C.Bucket], object] | None = None
-    tick: Callable[[_C.TickArguments, _C.Bucket], object] | None = None
+    fold: Callable[[_C.FoldArguments, torch.device], object] | None = None
+    tick: Callable[[_C.TickArguments, torch.device], object] | None = None
     observes: bool = True
 
 
@@ -50,8 +50,8 @@ _CPU = Engine(
 _CUDA = Engine(
     lambda bucket, hyperparameters: _C.update_cuda(bucket),
     lambda bucket, partials: _C.square_sums_cuda(bucket, partials.data_ptr()),
-    lambda arguments, bucket: _C.fold_cuda(arguments, bucket),
-    lambda arguments, bucket: _C.tick_cuda(arguments, bucket),
+    lambda arguments, device: _C.fold_cuda(arguments, device.index),
+    lambda arguments, device: _C.tick_cuda(arguments, device.index),
 )
 _TRITON = Engine(
     lambda bucket, hyperparameters: _C.in_default_float_environment(
@@ -72,8 +72,8 @@ _REFERENCE = Engine(
 _CUDA_ON_HOST = Engine(
     lambda bucket, hyperparameters: _C.update_cuda_on_host(bucket),
     lambda bucket, partials: _C.square_sums_cuda_on_host(bucket, partials.data_ptr()),
-    lambda arguments, bucket: _C.fold_on_host(arguments),
-    lambda arguments, bucket: _C.tick_on_host(arguments),
+    lambda arguments, device: _C.fold_on_host(arguments),
+    lambda arguments, device: _C.tick_on_host(arguments),
 )
 
 _BY_NAME = {
@@ -96,7 +96,7 @@ def device_of(bucket: _C.Bucket) -> torch.device:
 @functools.cache
 def _cuda_reason() -> str | None:
     if not _C.CUDA_BUILT:
-        return "the extension was built without nvcc"
+        return "the extension was built without CUDA"
     if torch.version.cuda is None:
         return "this torch is a CPU build, so there are no CUDA tensors"
     return _C.cuda_unavailable_reason() or None
@@ -129,18 +129,17 @@ def check_engine(engine: str) -> None:
         raise RuntimeError(f"engine {engine!r} is not available: {reason}")
 
 
-def engine_for(engine: str, bucket: _C.Bucket) -> Engine:
-    """The engine for a bucket.
+def engine_for(engine: str, device: torch.device) -> Engine:
+    """The engine for tensors on a device.
 
     Args:
         engine: a checked engine name. ``"auto"`` takes ``"cpu"`` for host memory and for CUDA
             memory ``"cuda"``, or ``"triton"`` where the former is absent.
-        bucket: what it is to run.
+        device: of the tensors, with its index.
 
     Raises:
-        RuntimeError: the engine cannot work on the bucket's device, or there is none that can.
+        RuntimeError: the engine cannot work on the device, or there is none that can.
     """
-    device = device_of(bucket)
     if engine == "auto":
         choices = ("cpu",) if device.type == "cpu" else ("cuda", "triton")
         status = engine_status()

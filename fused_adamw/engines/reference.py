@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fused_adamw import reference
+from fused_adamw import reference_formats as formats
 
 
 def _view(address: int, numel: int, dtype: str) -> NDArray[Any]:
@@ -27,53 +28,109 @@ def run(bucket: Any, hyperparameters: Sequence[Any]) -> None:
     """Updates every tensor of a bucket in place.
 
     Args:
-        bucket: tensors in host memory of one dtype combination, as the extension hands them out:
-            ``param_dtype``, ``grad_dtype``, ``state_dtype`` are names of dtypes; ``addresses``
-            [tensors, slots] has the param, the gradient and the states, ``emas`` [tensors] the
-            float32 averages of the params, or nothing; ``numels``, ``groups``, ``rows`` and
-            ``steps`` are integers [tensors], ``scalars`` [tensors] what the rule carries; each row
-            of ``coefficients`` ends with the gradient's factor and the weight of the average;
-            ``zero_grads`` says whether the gradients are zeroed; ``observed`` is the address of
-            what `reference.observed` has of each chunk of the list, whose places are in ``chunks``
-            [tensors], or 0.
+        bucket: tensors in host memory of one storage format, as the extension hands them out:
+            ``param_dtype``, ``grad_dtype``, ``state_dtype`` are names of dtypes, "code8" that of
+            coded states, whose kinds are ``state_kinds``; ``beside`` is the name of what is beside
+            the params, or empty; ``stochastic`` says whether rounding is; ``addresses`` [tensors,
+            slots] has the param, the gradient and the states, ``besides`` [tensors] what is beside
+            the params, ``scales`` [tensors, states] the scales of coded states, ``emas`` [tensors]
+            the float32 averages of the params, each of these three empty where there are none;
+            ``numels``, ``groups``, ``rows`` and ``steps`` are integers [tensors], ``scalars``
+            [tensors] what the rule carries; ``keys`` [tensors] are those of the random bits and
+            ``offsets`` [tensors] the indices that they have for the first elements; each row of
+            ``coefficients`` ends with the gradient's factor, the weight of the average and the
+            bits of the number of steps taken before this one; ``zero_grads`` says whether the
+            gradients are zeroed; ``observed`` is the address of what `reference.observed` has of
+            each chunk of the list, whose places are in ``chunks`` [tensors], or 0.
         hyperparameters: for each param group, which ``bucket.groups`` are indices of, an object
             with the name of its ``rule`` and the ``values`` by name.
     """
-    state_dtype = bucket.state_dtype
-    slots = bucket.addresses.shape[1]
-    dtypes = (bucket.param_dtype, bucket.grad_dtype, *[state_dtype] * (slots - 2))
-    averages = bucket.emas if len(bucket.emas) else [None] * len(bucket.numels)
-    shared = bucket.coefficients[bucket.rows, -3:-1]
-    columns = (bucket.addresses, averages, bucket.numels, bucket.chunks, bucket.groups)
-    for addresses, average, numel, chunk, group, step, scalar, (grad_factor, ema_weight) in zip(
-        *columns, bucket.steps, bucket.scalars, shared, strict=True
-    ):
-        if numel == 0:  # such a tensor may have a null address
-            continue
-        views = [
-            _view(int(address), int(numel), dtype)
-            for address, dtype in zip(addresses, dtypes, strict=True)
-        ]
-        values = [reference.load(view, dtype) for view, dtype in zip(views, dtypes, strict=True)]
-        rule = hyperparameters[group].rule
-        position: dict[str, Any] = {"step": int(step)}
-        if rule in reference.CARRIES:
-            position["scalar"] = float(scalar)
-        updated = reference.update(
-            rule, *values, grad_factor=grad_factor, **position, **hyperparameters[group].values
+    for i, numel in enumerate(bucket.numels):
+        if numel:  # a tensor without elements may have a null address
+            _update(bucket, i, int(numel), hyperparameters[bucket.groups[i]])
+
+
+class _State(NamedTuple):
+    """A state in memory; the kind and the scales of one that is coded."""
+
+    stored: NDArray[Any]
+    kind: str = ""
+    scales: NDArray[np.float32] | None = None
+
+
+def _states(bucket: Any, i: int, numel: int) -> list[_State]:
+    """The states of tensor number ``i`` of a bucket; see `run`."""
+    addresses = map(int, bucket.addresses[i, 2:])
+    if bucket.state_dtype != "code8":
+        return [_State(_view(address, numel, bucket.state_dtype)) for address in addresses]
+    blocks = -(-numel // formats.CODE_BLOCK)
+    return [
+        _State(
+            _view(address, numel, formats.CODINGS[kind].dtype),
+            kind,
+            _view(scale, blocks, "float32"),
         )
-        param, grad, *states = zip(views, dtypes, strict=True)
-        for (view, dtype), array in zip([param, *states], updated, strict=True):
-            view[...] = reference.store(array, dtype)
-        if bucket.observed:
-            found = reference.observed(values[1], values[0], reference.load(*param))
-            at = bucket.observed + 8 * found.shape[1] * int(chunk)
-            _view(at, found.size, "float64").reshape(found.shape)[...] = found
-        if average is not None:
-            ema = _view(int(average), int(numel), "float32")
-            ema[...] = reference.ema(ema, reference.load(*param), ema_weight)
-        if bucket.zero_grads:
-            grad[0][...] = 0
+        for address, scale, kind in zip(
+            addresses, map(int, bucket.scales[i]), bucket.state_kinds, strict=True
+        )
+    ]
+
+
+def _update(bucket: Any, i: int, numel: int, of_group: Any) -> None:
+    """Updates tensor number ``i`` of a bucket; see `run`."""
+    param_dtype, grad_dtype, state_dtype = bucket.param_dtype, bucket.grad_dtype, bucket.state_dtype
+    param = _view(int(bucket.addresses[i, 0]), numel, param_dtype)
+    grad = _view(int(bucket.addresses[i, 1]), numel, grad_dtype)
+    states = _states(bucket, i, numel)
+    beside, kept = bucket.beside, None
+    if beside:
+        kept = _view(int(bucket.besides[i]), numel, formats.BESIDES[beside].dtype)
+    coefficients = bucket.coefficients[bucket.rows[i]]
+    grad_factor, ema_weight = coefficients[-3:-1]
+    indices = int(bucket.offsets[i]) + np.arange(numel)
+    drawn = int(bucket.keys[i]), indices, int(coefficients.view(np.uint32)[-1])
+
+    position: dict[str, Any] = {"step": int(bucket.steps[i])}
+    if of_group.rule in reference.CARRIES:
+        position["scalar"] = float(bucket.scalars[i])
+    before = formats.load_param(param, param_dtype, beside, kept)
+    gradient = reference.load(grad, grad_dtype)
+    updated, *numbers = reference.update(
+        of_group.rule,
+        before,
+        gradient,
+        *[formats.load_state(state.stored, state_dtype, *state[1:]) for state in states],
+        grad_factor=grad_factor,
+        **position,
+        **of_group.values,
+    )
+
+    random = None
+    if bucket.stochastic:
+        random = formats.random_halves(*drawn)
+    elif beside == "remainder8":
+        random = formats.random_bytes(*drawn)
+    param[...], beside_it = formats.store_param(
+        updated, param_dtype, beside, bucket.stochastic, random
+    )
+    if kept is not None:
+        kept[...] = beside_it
+    for k, (state, values) in enumerate(zip(states, numbers, strict=True)):
+        random = formats.random_halves(*drawn, k) if bucket.stochastic else None
+        state.stored[...], scales = formats.store_state(values, state_dtype, state.kind, random)
+        if state.scales is not None:
+            state.scales[...] = scales
+
+    after = formats.load_param(param, param_dtype, beside, kept)
+    if bucket.observed:
+        found = reference.observed(gradient, before, after)
+        at = bucket.observed + 8 * found.shape[1] * int(bucket.chunks[i])
+        _view(at, found.size, "float64").reshape(found.shape)[...] = found
+    if len(bucket.emas):
+        ema = _view(int(bucket.emas[i]), numel, "float32")
+        ema[...] = reference.ema(ema, after, ema_weight)
+    if bucket.zero_grads:
+        grad[...] = 0
 
 
 def square_sums(bucket: Any, partials: NDArray[np.float64]) -> None:

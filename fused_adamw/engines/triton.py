@@ -38,17 +38,32 @@ def run(bucket: _C.Bucket, device: torch.device) -> None:
     """
     import fused_adamw.triton_kernels as triton_kernels
 
+    is_coded = bucket.scales.size > 0
+    format = triton_kernels.Format(
+        bucket.param_dtype,
+        bucket.grad_dtype,
+        bucket.state_dtype,
+        bucket.beside,
+        bucket.stochastic,
+        bucket.state_kinds if is_coded else (),
+    )
+    tensors = triton_kernels.TensorList(
+        _tensor(bucket.addresses),
+        _tensor(bucket.numels),
+        _tensor(bucket.rows),
+        besides=_tensor(bucket.besides) if format.beside else None,
+        emas=_tensor(bucket.emas) if len(bucket.emas) else None,
+        scales=_tensor(bucket.scales) if is_coded else None,
+        sources=_sources(bucket) if format.draws else None,
+    )
     with np.errstate(all="ignore"):  # the interpreter is NumPy, which would warn of infinities
         triton_kernels.launch(
-            _tensor(bucket.addresses),
-            _tensor(bucket.numels),
-            _tensor(bucket.rows),
+            tensors,
             _tensor(bucket.coefficients),
-            emas=_tensor(bucket.emas) if len(bucket.emas) else None,
             zero_grads=bucket.zero_grads,
             rule=triton_kernels.RULES[bucket.functor],
             options=bucket.options,
-            dtypes=(bucket.param_dtype, bucket.grad_dtype, bucket.state_dtype),
+            format=format,
             device=device,
         )
 
@@ -71,6 +86,11 @@ def square_sums(bucket: _C.Bucket, partials: torch.Tensor) -> None:
             dtype=bucket.grad_dtype,
             device=partials.device,
         )
+
+
+def _sources(bucket: _C.Bucket) -> torch.Tensor:
+    """int64 [tensors, 2]: of random bits the key, all of whose bits count, and the first index."""
+    return _tensor(np.stack((bucket.keys.view(np.int64), bucket.offsets), axis=1))
 
 
 def _tensor(array: NDArray[Any]) -> torch.Tensor:

@@ -275,6 +275,126 @@ def test_graph_of_forward_backward_and_step() -> None:
     assert_same(*results)
 
 
+def captured(optimizer: FusedOptimizer) -> torch.cuda.CUDAGraph:
+    """A graph of one step, after one outside."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        optimizer.step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        optimizer.step()
+    return graph
+
+
+@pytest.mark.parametrize("between", ["checkpoint", "steps", "another capture"])
+def test_graph_replays_after_other_use(between: str) -> None:
+    """Of the optimizer between capture and replay, with other values and gradients."""
+    on_cpu, params = make("cpu"), make("cuda")
+    host = start(FusedAdamW, on_cpu, schedule=RESTARTS, **WHOLE)
+    lr = torch.tensor(0.05, dtype=torch.float64, device="cuda")
+    optimizer = start(FusedAdamW, params, schedule=RESTARTS, lr=lr, capturable=True, **WHOLE)
+    set_grads(on_cpu, 0)
+    set_grads(params, 0)
+    host.step()
+    graph = captured(optimizer)
+
+    def step_outside(t: int) -> None:
+        for made, stepped in ((on_cpu, host), (params, optimizer)):
+            set_grads(made, t)
+            stepped.param_groups[0]["weight_decay"] = 0.4
+            kept, made[1].grad = made[1].grad, None
+            stepped.step()
+            made[1].grad = kept
+            stepped.param_groups[0]["weight_decay"] = 0.2
+
+    taken = []  # memory that was freed is given out again, and written
+    for t in range(1, 9):
+        if between == "checkpoint":
+            optimizer.state_dict()
+        elif between == "steps":
+            step_outside(10 + t)
+        elif t == 4:
+            for made, stepped in ((on_cpu, host), (params, optimizer)):
+                set_grads(made, 20)
+                stepped.step()
+            optimizer.state_dict()
+            for made, stepped in ((on_cpu, host), (params, optimizer)):
+                set_grads(made, 21)
+                if stepped is host:
+                    stepped.step()
+            other = captured(optimizer)
+            set_grads(on_cpu, 22)
+            set_grads(params, 22)
+            host.step()
+            other.replay()
+        taken += [torch.full((2**k,), -1, device="cuda") for k in range(14)]
+        set_grads(on_cpu, t)
+        set_grads(params, t)
+        host.step()
+        graph.replay()
+    assert all((tensor == -1).all() for tensor in taken)
+    assert_same(everything(host, on_cpu), everything(optimizer, params))
+
+
+def test_first_step_is_not_captured() -> None:
+    """And a refused one leaves nothing behind."""
+    params = make("cuda")
+    set_grads(params, 0)
+    optimizer = start(FusedAdamW, params, lr=torch.tensor(0.05, device="cuda"), capturable=True)
+    torch.cuda.synchronize()
+    message = "under CUDA graph capture: found a first step"
+    with pytest.raises(RuntimeError, match=message), torch.cuda.graph(torch.cuda.CUDAGraph()):
+        optimizer.step()
+    assert not optimizer.state
+    optimizer.step()
+
+
+@pytest.mark.parametrize("options", [{"max_grad_norm": 0.5}, {}], ids=["clipped", "scaled"])
+def test_parameters_on_two_devices(options: dict[str, Any]) -> None:
+    """The host decides, and waits."""
+    results = []
+    for devices in (("cpu", "cpu"), ("cuda", "cpu")):
+        params = make(devices[0])[:2] + make(devices[1])[2:]
+        optimizer = start(FusedAdamW, params, **options)
+        optimizer.grad_scale = torch.tensor(4.0, device=devices[0])
+        optimizer.found_inf = torch.tensor(0.0, device=devices[0])
+        for t in range(3):
+            set_grads(params, t)
+            optimizer.step()
+        results.append(everything(optimizer, params))
+    assert_same(*results)
+
+
+def test_numbers_on_the_cpu() -> None:
+    """An lr and a limit in CPU tensors are read as numbers, at every step."""
+    results = []
+    for device in ("cpu", "cuda"):
+        params = make(device)
+        lr, limit = torch.tensor(0.05), torch.tensor(0.5)
+        optimizer = start(FusedAdamW, params, lr=lr, max_grad_norm=limit)
+        for t in range(4):
+            set_grads(params, t)
+            lr.fill_(0.05 / (t + 1))
+            limit.fill_(0.5 + t)
+            optimizer.step()
+        results.append(everything(optimizer, params))
+    assert_same(*results)
+
+
+def test_no_gradients() -> None:
+    """Kernels that count the step have nothing to update."""
+    params = make("cuda")
+    set_grads(params, 0)
+    optimizer = start(FusedAdamW, params, max_grad_norm=0.5)
+    optimizer.step()
+    optimizer.zero_grad()
+    optimizer.step()
+    assert optimizer.grad_norm == 0
+    assert all(group["schedule_step"] == 2 for group in optimizer.param_groups)
+
+
 def test_capture_is_refused_by_name() -> None:
     params = make("cuda")
     set_grads(params, 0)
