@@ -318,7 +318,7 @@ def test_telemetry(fmt: Format, misaligned: tuple[int, ...]) -> None:
     numels = (33, 4096 + 37, CHUNK + 1)
     for values in ("normal", "special"):
         case = Case(fmt, "adam", numels, values, misaligned, options=WHOLE)
-        expected, found = (run.measurements.telemetry for run in assert_same(case, steps=1))
+        expected, found = (run.measurements.telemetry() for run in assert_same(case, steps=1))
         assert expected is not None
         assert found is not None
         assert_same_telemetry(expected[0], found[0])

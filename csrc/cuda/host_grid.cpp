@@ -22,22 +22,26 @@ T fold_block(T (&of_thread)[kThreads]) {
   return sum;
 }
 
-// All threads of a team: [note: teams].
-struct Threads {
-  static constexpr int kPlayed = kTeam;
+// The threads of a warp: [note: teams].
+struct Warp {
+  static constexpr int kPlayed = kLanes;
 
-  static std::uint32_t share(const std::uint32_t (&largest)[kTeam]) {
-    return *std::max_element(largest, largest + kTeam);
+  template <int kTeam>
+  static void share(std::uint32_t (&largest)[kLanes]) {
+    for (int first = 0; first < kLanes; first += kTeam) {
+      std::uint32_t* const team = largest + first;
+      std::fill_n(team, kTeam, *std::max_element(team, team + kTeam));
+    }
   }
 };
 
 template <class Functor, class Storage, bool kWhole>
 void play(const LaunchArguments<Functor, Storage, kWhole>& launch, std::uint32_t block) {
   Observation observed[kThreads]{};
-  for (int thread = 0; thread < kThreads; thread += kTeam) {
-    Observation of_team[kTeam]{};
-    update_chunk<Threads>(launch, block, thread, of_team);
-    std::copy_n(of_team, kTeam, observed + thread);
+  for (int thread = 0; thread < kThreads; thread += kLanes) {
+    Observation of_warp[kLanes]{};
+    update_chunk<Warp>(launch, block, thread, of_warp);
+    std::copy_n(of_warp, kLanes, observed + thread);
   }
   if (kWhole && launch.observed != nullptr) observation_of(launch, block) = fold_block(observed);
 }

@@ -80,14 +80,24 @@ template <int kCount>
 struct Wide {
   template <class T, int kBytes>
   FUSED_ADAMW_HD void load(const T* from, Raw<kBytes>& to, int at = 0) const {
-    const void* aligned = __builtin_assume_aligned(from, alignof(Pack<T, kCount>));
-    memcpy(reinterpret_cast<unsigned char*>(to.words) + at, aligned, kCount * sizeof(T));
+    const auto pack = *reinterpret_cast<const InMemory<T>*>(from);
+    memcpy(reinterpret_cast<unsigned char*>(to.words) + at, &pack, sizeof pack);
   }
   template <class T, int kBytes>
   FUSED_ADAMW_HD void store(T* to, const Raw<kBytes>& from, int at = 0) const {
-    void* aligned = __builtin_assume_aligned(to, alignof(Pack<T, kCount>));
-    memcpy(aligned, reinterpret_cast<const unsigned char*>(from.words) + at, kCount * sizeof(T));
+    InMemory<T> pack;
+    memcpy(&pack, reinterpret_cast<const unsigned char*>(from.words) + at, sizeof pack);
+    *reinterpret_cast<InMemory<T>*>(to) = pack;
   }
+
+ private:
+  template <int kBytes>
+  struct __attribute__((may_alias, aligned(kBytes < kAccessBytes ? kBytes : kAccessBytes))) Words {
+    std::uint32_t words[kBytes / 4];
+  };
+  // By words: a compiler would take bytes apart to copy them.
+  template <class T>
+  using InMemory = std::conditional_t<kCount == 1, Pack<T, 1>, Words<kCount * sizeof(T)>>;
 };
 
 template <int kCount>

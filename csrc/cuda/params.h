@@ -16,7 +16,7 @@ namespace fused_adamw::cuda {
 // up it is, and there is a word more.
 template <int kCount, int kShare>
 struct RandomWords {
-  static constexpr int kWords = kCount >> kShare ? (kCount >> kShare) + 1 : 1;
+  static constexpr int kWords = kCount == 1 ? 1 : kCount >> kShare ? (kCount >> kShare) + 1 : 2;
   std::uint32_t source[kWords];
   int shift;
 
@@ -36,39 +36,30 @@ struct RandomWords {
 // The random bits of a chunk's elements.
 template <int kShare>
 struct Draws {
-  std::uint64_t key;
-  std::uint32_t step;
-  std::int64_t offset;  // of the tensor's first element
-  RandomStream stream;  // of the chunk's first word
-  bool is_one_stream;   // as hardly any chunk is not
+  std::int64_t offset;        // of the tensor's first element
+  std::uint32_t first;        // lower bits of the first word's index
+  RandomStream stream, next;  // from that word on, and once those bits have wrapped round
 
-  // The chunk is of elements [begin, end) of the tensor.
+  // The chunk begins at element `begin` of the tensor.
   FUSED_ADAMW_HD Draws(std::uint64_t key, std::uint32_t step, std::int64_t offset,
-                       std::int64_t begin, std::int64_t end)
-      : key(key),
-        step(step),
-        offset(offset),
-        stream(stream_at((offset + begin) >> kShare)),
-        is_one_stream((offset + begin) >> kShare >> 32 == (offset + end - 1) >> kShare >> 32) {}
+                       std::int64_t begin)
+      : offset(offset),
+        first(static_cast<std::uint32_t>((offset + begin) >> kShare)),
+        stream(key, step, static_cast<std::uint32_t>((offset + begin) >> kShare >> 32)),
+        next(key, step, static_cast<std::uint32_t>(((offset + begin) >> kShare >> 32) + 1)) {}
 
   // Of kCount elements from `i` on.
   template <int kCount>
   FUSED_ADAMW_HD RandomWords<kCount, kShare> of(std::int64_t i) const {
-    using Words = RandomWords<kCount, kShare>;
-    const std::int64_t index = offset + i, first = index >> kShare;
-    Words words;
+    const std::int64_t index = offset + i;
+    RandomWords<kCount, kShare> words;
     words.shift = static_cast<int>(index & ((1 << kShare) - 1)) * (32 >> kShare);
     FUSED_ADAMW_UNROLL
-    for (int w = 0; w < Words::kWords; ++w) {
-      const RandomStream here = is_one_stream ? stream : stream_at(first + w);
-      words.source[w] = here.word(static_cast<std::uint32_t>(first + w));
+    for (int w = 0; w < words.kWords; ++w) {
+      const std::uint32_t lower = static_cast<std::uint32_t>((index >> kShare) + w);
+      words.source[w] = (lower >= first ? stream : next).word(lower);
     }
     return words;
-  }
-
- private:
-  FUSED_ADAMW_HD RandomStream stream_at(std::int64_t word) const {
-    return RandomStream(key, step, static_cast<std::uint32_t>(word >> 32));
   }
 };
 
@@ -164,12 +155,12 @@ FUSED_ADAMW_HD void encode_params(const Format& format, const float (&value)[kCo
     using Kind = decltype(kind);
     using Element = typename Kind::Element;
     constexpr int kSize = sizeof(Element);
+    RandomWords<kCount, Storage::kShare> random{};
+    if constexpr (kSize == 1) random = draw();
     if constexpr (kCount % 4 == 0 && kHasFour<Kind>) {
       FUSED_ADAMW_UNROLL
       for (int j = 0; j < kCount; j += 4) {
-        std::uint32_t random = 0;
-        if constexpr (kSize == 1) random = draw().word(j / 4);
-        Four<Kind>::store(value + j, random, raw.words + j / 2,
+        Four<Kind>::store(value + j, random.word(j / 4), raw.words + j / 2,
                           raw.words + kCount / 2 + j * kSize / 4);
       }
     } else {
@@ -178,7 +169,7 @@ FUSED_ADAMW_HD void encode_params(const Format& format, const float (&value)[kCo
       for (int j = 0; j < kCount; ++j) {
         bfloat16 param;
         Element beside;
-        Kind::store(value[j], 0, param, beside);
+        Kind::store(value[j], byte_of(random.word(0), j), param, beside);
         raw.put(j * 2, param);
         raw.put(kCount * 2 + j * kSize, beside);
       }

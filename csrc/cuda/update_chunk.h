@@ -13,24 +13,24 @@
 
 namespace fused_adamw::cuda {
 
-// What threads `thread` and following of block `block` do, as many as `Team` plays together, which
-// is one on a GPU: update_coded.h; and what they observed.
-template <class Team, class Functor, class Storage, bool kWhole>
+// What threads `thread` and following of block `block` do, as many as `Lanes` plays together, which
+// is one on a GPU; and what they observed: [note: teams].
+template <class Lanes, class Functor, class Storage, bool kWhole>
 FUSED_ADAMW_HD void update_chunk(const LaunchArguments<Functor, Storage, kWhole>& arguments,
                                  std::uint32_t block, int thread,
-                                 Observation (&observed)[Team::kPlayed]) {
+                                 Observation (&observed)[Lanes::kPlayed]) {
   const Work<Functor, Storage, kWhole> work(arguments, block);
   if (arguments.skip && *arguments.skip) {
     if constexpr (kWhole) {
-      for (int l = 0; l < Team::kPlayed; ++l) zero_gradients(work, thread + l);
+      for (int l = 0; l < Lanes::kPlayed; ++l) zero_gradients(work, thread + l);
     }
     return;
   }
   const Row<Functor> row = row_of(arguments, work.tensor);
   if constexpr (Storage::kHasCodes) {
-    update_coded<Team>(work, row, thread, observed);
+    update_coded<Lanes>(work, row, thread, observed);
   } else {
-    for (int l = 0; l < Team::kPlayed; ++l) update_packs(work, row, thread + l, observed[l]);
+    for (int l = 0; l < Lanes::kPlayed; ++l) update_packs(work, row, thread + l, observed[l]);
   }
 }
 

@@ -35,16 +35,16 @@ constexpr int blocks_per_multiprocessor() {
   return arrays > 4 ? 3 : arrays > 2 ? 4 : kMostBlocks;
 }
 
-// A thread of a team, whose others are its neighbours in the warp: [note: teams].
+// A thread, whose team is its neighbours in the warp: [note: teams].
 struct Lane {
   static constexpr int kPlayed = 1;
 
-  __device__ static std::uint32_t share(const std::uint32_t (&largest)[1]) {
-    std::uint32_t x = largest[0];
+  template <int kTeam>
+  __device__ static void share(std::uint32_t (&largest)[1]) {
+    FUSED_ADAMW_UNROLL
     for (int distance = 1; distance < kTeam; distance *= 2) {
-      x = max(x, __shfl_xor_sync(kAllLanes, x, distance));
+      largest[0] = max(largest[0], __shfl_xor_sync(kAllLanes, largest[0], distance));
     }
-    return x;
   }
 };
 

@@ -138,21 +138,25 @@ FUSED_ADAMW_HD std::uint32_t larger_magnitude(std::uint32_t magnitude, float x) 
 template <StateKind kKind>
 FUSED_ADAMW_HD std::uint32_t codes_of(const float (&x)[4], float factor) {
   using Codes = Codes<kKind>;
-  constexpr std::uint32_t kOne = 1u << 24;  // of codes in uppermost bytes
-  std::uint32_t code[4];
+  std::uint32_t bits[4], code[4];
   FUSED_ADAMW_UNROLL
   for (int j = 0; j < 4; ++j) {
-    const std::uint32_t magnitude = Codes::magnitude_bits(x[j]);
-    code[j] = Codes::shifted_code(magnitude, factor) << (24 - Codes::kShift);
-    if (!Codes::kIsSigned && magnitude != 0) code[j] = code[j] < kOne ? kOne : code[j];
+    bits[j] = bits_of(x[j]);
+    code[j] = Codes::shifted_code(x[j], factor) << (24 - Codes::kShift);
   }
-  const std::uint32_t word = uppermost(code);
-  if constexpr (!Codes::kIsSigned) return word;
-  // To negate a byte below 128: its complement plus one, which must not be carried on.
-  const std::uint32_t negative =
-      signs({bits_of(x[0]), bits_of(x[1]), bits_of(x[2]), bits_of(x[3])});
-  const std::uint32_t negated = ((word ^ negative) & 0x7f7f7f7fu) + (negative & 0x01010101u);
-  return negated ^ (negative & 0x80808080u);
+  std::uint32_t word = uppermost(code);
+  if constexpr (Codes::kIsSigned) {
+    // To negate a byte below 128: its complement plus one, which must not be carried on.
+    const std::uint32_t negative = signs(bits);
+    word = ((word ^ negative) & 0x7f7f7f7fu) + (negative & 0x01010101u);
+    word ^= negative & 0x80808080u;
+  } else if (((word - 0x01010101u) & ~word & 0x80808080u) != 0) {  // a byte is 0
+    FUSED_ADAMW_UNROLL
+    for (int j = 0; j < 4; ++j) {
+      if (Codes::magnitude_bits(x[j]) != 0 && (word >> 8 * j & 0xffu) == 0) word |= 1u << 8 * j;
+    }
+  }
+  return word;
 }
 
 }  // namespace fused_adamw::cuda

@@ -18,6 +18,7 @@
 // scale is denormal becomes zero.
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 #include <type_traits>
 
@@ -58,21 +59,20 @@ struct Codes {
   // What a magnitude is multiplied by; 0 for a block whose codes are 0.
   FUSED_ADAMW_HD static float factor_of(float scale) { return scale > 0.0f ? kTop / scale : 0.0f; }
 
-  // The code of a magnitude, as bits, from bit kShift on, above what rounding cuts off. Here and
+  // The code of a magnitude, from bit kShift on; below are bits that rounding cuts off. Here and
   // below, of a block whose factor is not 0.
-  FUSED_ADAMW_HD static std::uint32_t shifted_code(std::uint32_t magnitude, float factor) {
-    const float t = float_of(magnitude) * factor + kBias;
+  FUSED_ADAMW_HD static std::uint32_t shifted_code(float x, float factor) {
+    const float t = fabsf(x) * factor + kBias;
     return bits_of(t) + (kHalf - (kFirst << kShift));
   }
 
   FUSED_ADAMW_HD static std::int32_t code_of(float x, float factor) {
-    const std::uint32_t magnitude = magnitude_bits(x);
-    const auto code = static_cast<std::int32_t>(shifted_code(magnitude, factor) >> kShift);
+    const auto code = static_cast<std::int32_t>(shifted_code(x, factor) >> kShift);
     if constexpr (kIsSigned) {
       const std::int32_t sign = static_cast<std::int32_t>(bits_of(x)) >> 31;  // 0 or -1
       return (code ^ sign) - sign;
     }
-    const std::int32_t least = magnitude != 0;
+    const std::int32_t least = magnitude_bits(x) != 0;
     return code > least ? code : least;
   }
 
