@@ -480,7 +480,7 @@ class FusedOptimizer(Optimizer):
             if (
                 registered is not None
                 and registered.device_step is None
-                and registered.averages is (options.ema_decay is not None)
+                and self._is_current(registered, options)
                 and registered.native.matches(self._param_lists(), self._state)
             ):
                 outcome = registered.step(
@@ -539,7 +539,7 @@ class FusedOptimizer(Optimizer):
         if (
             registered is not None
             and registered.device_step is not None
-            and registered.averages is (options.ema_decay is not None)
+            and self._is_current(registered, options)
             and registered.native.matches(self._param_lists(), self._state)
         ):
             outcome = registered.step(
@@ -828,7 +828,10 @@ class FusedOptimizer(Optimizer):
             )
         self._warn_of_unscaled_float16()
         begins = self._averages_begin()
-        registered, outcome = self._step_anew(self._places(), current, options, begins, inputs)
+        taken = self._steps_taken() if inputs is None else [0] * len(current)
+        registered, outcome = self._step_anew(
+            self._places(), current, taken, options, begins, inputs
+        )
         self._give_up_registered()
         if registered is not None:
             registered.native.remember(self._param_lists(), self._state)
@@ -854,31 +857,38 @@ class FusedOptimizer(Optimizer):
         """Whether averages that the next step creates begin with its result, not before it."""
         return not any(EMA in state and EMA in self._begun(p) for p, state in self._state.items())
 
-    def _step_alone(self, place: Place, hyperparameters: _C.Hyperparameters, begins: bool) -> None:
+    def _step_alone(
+        self, place: Place, hyperparameters: _C.Hyperparameters, steps: int, begins: bool
+    ) -> None:
         """Steps one parameter, which has a gradient, over a list of its own; likewise kept.
 
-        What `begins` is of the first one in a backward pass holds for them all.
+        Args:
+            place: of the parameter.
+            hyperparameters: of its group.
+            steps: that the group has taken before this backward pass.
+            begins: as it is of the first one in a backward pass, for them all.
         """
         param = self.param_groups[place[0]]["params"][place[1]]
         current = [hyperparameters] * (place[0] + 1)
+        taken = [steps] * len(current)
         options = self._step_options()
         registered = self._registered_alone.get(param)
         if (
             registered is not None
-            and registered.averages is (options.ema_decay is not None)
+            and self._is_current(registered, options)
             and registered.native.matches([], {param: self._state.get(param, {})})
         ):
             outcome = registered.step(
                 current,
                 is_state_held=self._is_state_held(),
-                steps=self._steps_taken() if registered.draws else (),
+                steps=taken if registered.draws else (),
                 options=options,
                 measurements=self._measurements,
             )
             if outcome is not Outcome.STALE:
                 return
         self._count_on_host()
-        registered, _ = self._step_anew([place], current, options, begins)
+        registered, _ = self._step_anew([place], current, taken, options, begins)
         if registered is not None:
             registered.native.remember([], {param: self._state.get(param, {})})
             self._registered_alone[param] = registered
@@ -887,6 +897,7 @@ class FusedOptimizer(Optimizer):
         self,
         places: Iterable[Place],
         current: list[_C.Hyperparameters],
+        steps: Sequence[int],
         options: StepOptions,
         begins: bool,
         inputs: DeviceInputs | None = None,
@@ -896,6 +907,7 @@ class FusedOptimizer(Optimizer):
         Args:
             places: of the parameters.
             current: the hyperparameters of each group.
+            steps: taken by each group; counted on the device where decisions are the device's.
             options: of the step.
             begins: whether an average that is created here begins with this step's result.
             inputs: of a step whose decisions are the device's.
@@ -903,6 +915,7 @@ class FusedOptimizer(Optimizer):
         former: dict[Tensor, frozenset[str] | None] = {}  # keys of the states to which some are new
         registered: RegisteredList | None = None
         averages = options.ema_decay is not None
+        seeds = self._seeds()
 
         def undo() -> None:
             for param, keys in former.items():
@@ -961,7 +974,7 @@ class FusedOptimizer(Optimizer):
                         beside=(layout.beside, layout.beside_key) if layout.beside_key else None,
                         scales=tuple(map(scale_key, names)) if layout.state_dtype is None else (),
                         stochastic=layout.stochastic,
-                        random_key=_C.random_key(group["seed"], number),
+                        random_key=_C.random_key(seeds[index], number),
                         averaged=averages,
                         unaveraged=unaveraged and begins,
                         active=active,
@@ -970,10 +983,10 @@ class FusedOptimizer(Optimizer):
             device_step = None
             if inputs is not None:
                 device_step = self._new_device_step(inputs.plans[0].schedule_step.device, members)
-            registered = RegisteredList(members, self.engine, averages, device_step)
+            registered = RegisteredList(members, self.engine, averages, device_step, seeds)
             outcome = registered.step(
                 current,
-                steps=self._steps_taken() if inputs is None else [0] * len(current),
+                steps=steps,
                 options=options,
                 measurements=self._measurements,
                 inputs=inputs,
@@ -987,6 +1000,22 @@ class FusedOptimizer(Optimizer):
             undo()  # its first step is still to come
             return None, outcome
         return registered, outcome
+
+    def _is_current(self, registered: RegisteredList, options: StepOptions) -> bool:
+        """Whether a list is registered for such steps; what its tensors are is not asked."""
+        averages = options.ema_decay is not None
+        return registered.averages is averages and (
+            not registered.draws or registered.seeds == self._seeds()
+        )
+
+    def _seeds(self) -> list[int]:
+        seeds = []
+        for index, group in enumerate(self.param_groups):
+            try:
+                seeds.append(checks.count("seed", group["seed"], at_least=0))
+            except (TypeError, ValueError) as error:
+                raise type(error)(f"param group {index}: {error}") from None
+        return seeds
 
     def _steps_taken(self) -> list[int]:
         """By each group, as random bits follow from them."""
@@ -1226,11 +1255,12 @@ class FusedOptimizer(Optimizer):
         """
         found = self.state_dict()
         names = [name for name in STATE_KINDS if name in self._known_states]
-        for state in found["state"].values():
+        left_out = {*map(scale_key, names), *BESIDE_KEYS}
+        for key, state in found["state"].items():  # the optimizer's own dicts
             present = [name for name in names if name in state]
-            state.update(decoded_states(state, present, [STATE_KINDS[name] for name in present]))
-            for key in (*map(scale_key, names), *BESIDE_KEYS):
-                state.pop(key, None)
+            kept = {name: value for name, value in state.items() if name not in left_out}
+            decoded = decoded_states(state, present, [STATE_KINDS[name] for name in present])
+            found["state"][key] = {**kept, **decoded}
         return found
 
     def memory_report(self) -> MemoryReport:

@@ -104,6 +104,7 @@ class RegisteredList:
     engine: str
     averages: bool = False  # whether it has averages of its parameters
     device_step: DeviceStep | None = None  # where coefficients are worked out on the device
+    seeds: Sequence[int] = ()  # of each group: where the members' random keys are from
     draws: bool = field(init=False)  # whether anything is rounded stochastically
     native: _C.ParameterList = field(init=False)
     # Addresses of the parameters that a step updated before an engine failed. Not the buckets: they
