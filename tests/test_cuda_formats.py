@@ -246,7 +246,7 @@ class Run:
         if self.case.device:
             found_inf = torch.tensor([1.0]) if self.case.found_inf else None
             fields = len(_C.RULES[self.rule.name][0])
-            plan = GroupPlan(hyperparameters, (None,) * fields, (), self.count)
+            plan = GroupPlan(hyperparameters, (None,) * fields, (), self.count, self.group)
             inputs = DeviceInputs([plan], Amp(None, found_inf))
         outcome = self.registered.step(
             [hyperparameters],

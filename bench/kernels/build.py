@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
-from bench.kernels.compiled import Compiled, with_states
+from bench.kernels.compiled import Compiled
 from bench.kernels.dumps import cuda_kernels, triton_kernels
 from bench.kernels.gpus import GPUS, Gpu
 from setup import NVCC_FLAGS, find_nvcc
@@ -147,6 +147,7 @@ def _edges(gpu: Gpu) -> Iterator[str]:
 
 
 def _read(gpu: Gpu) -> Iterator[Compiled]:
-    yield from with_states([k for cubin in _objects(gpu) for k in cuda_kernels(gpu, ROOT / cubin)])
+    for cubin in _objects(gpu):
+        yield from cuda_kernels(gpu, ROOT / cubin)
     for results in _triton_results(gpu).values():
         yield from triton_kernels(gpu, ROOT / results)

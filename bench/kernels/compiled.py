@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 
 from bench.kernels.gpus import WARP, WARPS, Gpu
@@ -25,8 +24,6 @@ class Compiled:
         registers: of a thread.
         stack: bytes of a thread.
         shared: bytes of a block, without what the system takes.
-        functor_states: arrays of states by another kernel of the functor, where this one tells
-            dtypes apart; see `with_states`.
     """
 
     engine: str
@@ -38,7 +35,6 @@ class Compiled:
     registers: int
     stack: int
     shared: int
-    functor_states: int | None = None
 
     def __str__(self) -> str:
         return f"{self.engine}-{self.kernel}-sm{self.gpu.arch}"
@@ -49,7 +45,7 @@ class Compiled:
 
         The ways of arrays of different dtypes through such a kernel are not told apart here.
         """
-        return self.code.main_path if self.kernel.dtypes and not self.kernel.storage else None
+        return self.code.main_path if self.kernel.dtypes else None
 
     @property
     def resident_blocks(self) -> int | None:
@@ -89,10 +85,7 @@ class Compiled:
 
     @property
     def bytes_per_param(self) -> float | None:
-        """Bytes loaded and stored an element, with the narrowest dtypes of those told apart."""
-        if self.functor_states is not None:
-            param, grad, state = self.kernel.widths
-            return 2 * param + grad + 2 * self.functor_states * state
+        """Bytes loaded and stored an element."""
         if self.elements is None or self.path is None:
             return None
         return (self.path.bytes("load") + self.path.bytes("store")) / self.elements
@@ -120,11 +113,3 @@ class Compiled:
         if self.bytes_per_param is None or self.instructions_per_param is None:
             return None
         return self.bytes_per_param * self.gpu.issue_rate / self.instructions_per_param
-
-
-def with_states(kernels: Sequence[Compiled]) -> Iterator[Compiled]:
-    """Kernels of one GPU and engine, with what can be read of a functor from one of them alone."""
-    states = {k.kernel.functor: k.states for k in kernels if k.kernel.rule and k.states is not None}
-    for k in kernels:
-        known = states.get(k.kernel.functor) if k.kernel.storage else None
-        yield k if known is None else replace(k, functor_states=known)

@@ -15,15 +15,9 @@ RULES = Path(__file__).parents[2] / "csrc" / "rules"
 ARRAYS = ("param", "grad", "states")  # of which a kernel's dtypes are
 # C++ types -> dtypes, and their bytes.
 DTYPES = {"float": "float32", "bfloat16": "bfloat16", "float16": "float16"}
-BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "code8": 1}
-# Storages whose arrays are told apart when a kernel runs, and the narrowest that they may be. Of
-# Mixed nothing is read.
-NARROWEST = {
-    "Mixed": (),
-    "Joined": ("bfloat16", "bfloat16", "bfloat16"),
-    "Coded": ("bfloat16", "bfloat16", "code8"),
-}
-BESIDE = {"coded": 1}  # bytes beside a parameter then
+BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+# Storages whose dtypes a kernel tells apart when it runs, as csrc/cuda/storages.h has them.
+TOLD_APART = ("Mixed", "Joined", "Coded")
 
 
 @dataclass(frozen=True, order=True)
@@ -34,10 +28,10 @@ class Kernel:
         function: the template's name.
         rule: the functor's name in lower case; empty for a kernel that takes none.
         options: the functor's compile-time options, in order: name and value.
-        dtypes: of param, grad and states; where the kernel tells them apart when it runs, the
-            narrowest, or none.
+        dtypes: of param, grad and states; empty where the kernel tells them apart when it runs.
         whole: whether it also averages, zeroes and observes.
-        storage: "joined" or "coded" where something is beside the param, or states are codes.
+        storage: where it tells dtypes apart, "mixed"; "joined" with something beside the param, or
+            stochastic rounding; "coded" with states of codes.
     """
 
     function: str
@@ -52,8 +46,8 @@ class Kernel:
         """Reads `space::kernel<space::Rule<option, ...>, space::Storage>`.
 
         Every template argument may be missing. The storage is `Uniform<type>`, which all arrays
-        have, or one of `NARROWEST`; a bool says whether the kernel is of a whole step; the first other
-        argument is the rule, and what more there may be counts as an option.
+        have, or one of `TOLD_APART`; a bool says whether the kernel is of a whole step; the first
+        other argument is the rule, and what more there may be counts as an option.
         """
         cast, space = r"\([\w:]+\)", r"(?:\w+|\(anonymous namespace\))::"  # 2 of (Decay)2
         bare = re.sub(rf"{cast}|{space}|^void |\s", "", demangled)
@@ -65,9 +59,8 @@ class Kernel:
                 whole = name == "true"
             elif name == "Uniform":
                 dtypes = (DTYPES[inner[0]],) * len(ARRAYS)
-            elif name in NARROWEST:
-                dtypes = NARROWEST[name]
-                storage = name.lower() if dtypes else ""
+            elif name in TOLD_APART:
+                storage = name.lower()
             elif rule:
                 more.append((_words(argument, "-"), True))
             else:
@@ -98,14 +91,11 @@ class Kernel:
 
     @property
     def widths(self) -> tuple[int, ...]:
-        """Bytes of an element of each of `dtypes`; of a param, with what is beside it."""
-        widths = [BYTES[dtype] for dtype in self.dtypes]
-        if self.storage in BESIDE:
-            widths[0] += BESIDE[self.storage]
-        return tuple(widths)
+        """Bytes of an element of each of `dtypes`."""
+        return tuple(BYTES[dtype] for dtype in self.dtypes)
 
     def __str__(self) -> str:
-        storage = (self.storage,) if self.storage else self.dtypes or ("mixed" * bool(self.rule),)
+        storage = self.dtypes or (self.storage,)
         whole = "whole" if self.whole else ""
         return "-".join(filter(None, (self.rule or self.function, self.variant, *storage, whole)))
 

@@ -108,7 +108,7 @@ struct Ragged {
   FUSED_ADAMW_HD void load(const T* from, Raw<kBytes>& to, int at = 0) const {
     constexpr int kSize = sizeof(T);
     FUSED_ADAMW_UNROLL
-    for (int w = 0; w < kCount * kSize / 4; ++w) to.words[at / 4 + w] = 0;
+    for (int w = 0; w < (kCount * kSize + 3) / 4; ++w) to.words[at / 4 + w] = 0;
     FUSED_ADAMW_UNROLL
     for (int j = 0; j < kCount; ++j) {
       if (j < count) to.put(at + j * kSize, from[j]);
