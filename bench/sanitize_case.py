@@ -52,8 +52,8 @@ OPTIMIZERS: tuple[Callable[..., torch.optim.Optimizer], ...] = (
     FusedAdamax,
     FusedLion,
 )
-# CUDA has kernels of their own for these; another one takes all mixed formats, which go round, as do
-# those with something beside the parameter and those with codes.
+# CUDA has kernels of their own for these; another one takes all mixed formats, which go round, as
+# do those with something beside the parameter and those with codes.
 UNIFORM = tuple((dtype,) * 3 for dtype in ("float32", "bfloat16"))
 MIXED = tuple(dtypes for dtypes in FORMATS if dtypes not in UNIFORM)
 
@@ -80,7 +80,7 @@ JOINED: tuple[tuple[tuple[str, str, str], dict[str, Any]], ...] = (
 CODED: tuple[tuple[tuple[str, str, None], dict[str, Any]], ...] = (
     ((_BF16, _BF16, None), {"precision": "8bit"}),
     ((_BF16, _F32, None), {"precision": "8bit", "remainder_bits": 16}),
-    ((_F32, _F16, None), {"precision": "8bit"}),
+    ((_F32, _BF16, None), {"precision": "8bit"}),
 )
 WHOLE = {"max_grad_norm": 1.0, "skip_nonfinite": True, "ema_decay": 0.9, "zero_grads": True}
 
@@ -93,7 +93,9 @@ def _cases() -> Iterator[Case]:
             yield Case(optimizer, dtypes, {})
         for dtypes in (UNIFORM[0], mixed):
             yield Case(optimizer, dtypes, WHOLE)
-        for dtypes, options in (JOINED[i % len(JOINED)], CODED[i % len(CODED)]):
+        joined, options = JOINED[i % len(JOINED)]
+        yield Case(optimizer, joined, options)
+        for dtypes, options in (JOINED[(i + 1) % len(JOINED)], CODED[i % len(CODED)]):
             yield Case(optimizer, dtypes, {**options, **WHOLE})
 
 

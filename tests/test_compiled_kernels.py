@@ -51,10 +51,11 @@ EXPECTED = {
     "lion": Expected(1, 0, 0),
 }
 OPTIONS_WITH_A_STATE = {"amsgrad", "centered", "momentum"}
-MIXED = ()  # dtypes that are told apart at run time
 MOST_STACK_OF_A_WHOLE_STEP = 32  # bytes a thread
 UNIFORM = (("float32",) * 3, ("bfloat16",) * 3)
-FORMATS = {"cuda": {*UNIFORM, MIXED}, "triton": {*build.TRITON_FORMATS}}
+# Dtypes, or where they are told apart at run time the storage.
+STORAGES = {"cuda": {*UNIFORM, "mixed", "joined"}, "triton": {*build.TRITON_FORMATS}}
+WHOLE_STORAGES = {UNIFORM[0], "mixed", "joined", "coded"}
 
 
 @pytest.fixture(params=["cuda", "triton"])
@@ -73,18 +74,41 @@ def kernels(engine: str, compiled_kernels: list[Compiled]) -> list[Compiled]:
     ]
 
 
+def storage_of(kernel: Kernel) -> tuple[str, ...] | str:
+    return kernel.dtypes or kernel.storage
+
+
 def test_whole_steps_are_compiled_too(compiled_kernels: list[Compiled]) -> None:
-    """Of CUDA for all arrays in float32 and for mixed ones; those with three states spill a bit."""
+    """Of CUDA for float32 and for what is told apart at run time, where a bit may be spilled."""
     cuda = [kernel for kernel in compiled_kernels if kernel.engine == "cuda"]
     functors = {kernel.kernel.functor for kernel in cuda if kernel.kernel.rule}
-    wanted = {(functor, dtypes) for functor in functors for dtypes in (UNIFORM[0], MIXED)}
+    wanted = {(functor, storage) for functor in functors for storage in WHOLE_STORAGES}
     whole = [kernel for kernel in cuda if kernel.kernel.whole]
-    assert {(kernel.kernel.functor, kernel.kernel.dtypes) for kernel in whole} == wanted
+    assert {(kernel.kernel.functor, storage_of(kernel.kernel)) for kernel in whole} == wanted
     assert len(whole) == len(wanted)
     for kernel in whole:
         assert kernel.stack <= MOST_STACK_OF_A_WHOLE_STEP, str(kernel)
         if kernel.kernel.dtypes:
             assert not spilled(kernel), str(kernel)
+
+
+def test_accesses_to_coded_states_are_wide(compiled_kernels: list[Compiled]) -> None:
+    """Of each array a 16-byte access, and the largest magnitudes shared by shuffles."""
+    coded = [kernel for kernel in compiled_kernels if kernel.kernel.storage == "coded"]
+    assert coded
+    for kernel in coded:
+        count = kernel.code.count()
+        states = EXPECTED[kernel.kernel.rule].states
+        wide = {
+            kind: sum(n for name, n in count.items() if name.startswith(kind) and "128" in name)
+            for kind in ("LDG", "STG")
+        }
+        # A bfloat16 or float32 parameter, its remainder and the gradient; the states.
+        assert wide["LDG"] >= 2 + 4 + 1 + 2 + states, str(kernel)
+        assert wide["STG"] >= 2 + 4 + 1 + states, str(kernel)
+        assert not any(re.match(r"I2F|F2I|I2FP", name) for name in count), str(kernel)
+        if states:
+            assert count["SHFL.BFLY"] >= 2 * states, str(kernel)
 
 
 def test_kernels_beside_the_updates(compiled_kernels: list[Compiled]) -> None:
@@ -101,15 +125,15 @@ def test_kernels_beside_the_updates(compiled_kernels: list[Compiled]) -> None:
 
 @pytest.fixture
 def legible(kernels: list[Compiled]) -> list[Compiled]:
-    """Those with a main path that can be read: without Mixed storage."""
+    """Those with a main path that can be read: whose dtypes are not told apart at run time."""
     return [kernel for kernel in kernels if kernel.kernel.dtypes]
 
 
 def test_every_functor_is_compiled_for_every_storage(engine: str, kernels: list[Compiled]) -> None:
     functors = {kernel.kernel.functor for kernel in kernels}
     assert {rule for rule, _ in functors} == {*EXPECTED} == {*RULES}
-    wanted = {(functor, dtypes) for functor in functors for dtypes in FORMATS[engine]}
-    assert {(kernel.kernel.functor, kernel.kernel.dtypes) for kernel in kernels} == wanted
+    wanted = {(functor, storage) for functor in functors for storage in STORAGES[engine]}
+    assert {(kernel.kernel.functor, storage_of(kernel.kernel)) for kernel in kernels} == wanted
     assert len(kernels) == len(wanted)
 
 
@@ -183,23 +207,32 @@ def test_bfloat16_is_rounded_in_pairs(legible: list[Compiled]) -> None:
 def test_the_sanitizers_watch_every_kernel(
     compiled_kernels: list[Compiled], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    ran: list[tuple[object, ...]] = []
+    ran = set()
 
     def record(bucket: _C.Bucket, _: Sequence[_C.Hyperparameters]) -> None:
         dtypes = (bucket.param_dtype, bucket.grad_dtype, bucket.state_dtype)
-        ran.append((bucket.functor, bucket.options, dtypes if dtypes in UNIFORM else MIXED))
+        storage: tuple[str, ...] | str = dtypes if dtypes in UNIFORM else "mixed"
+        if bucket.beside or bucket.stochastic:
+            storage = "joined"
+        if bucket.state_dtype == "code8":
+            storage = "coded"
+        ran.add((bucket.functor, bucket.options, storage, storage == "coded" or whole))
 
     monkeypatch.setitem(engines._BY_NAME, "cpu", engines._CPU._replace(update=record))
-    for optimizer, dtypes in sanitize_case.CASES:
-        sanitize_case.run("cpu", optimizer, dtypes)
+    for case in sanitize_case.CASES:
+        whole = case.options.keys() >= sanitize_case.WHOLE.keys()
+        sanitize_case.run("cpu", case)
     cuda = [kernel.kernel for kernel in compiled_kernels if kernel.engine == "cuda"]
-    assert sorted(ran) == sorted(
-        (*kernel.functor, kernel.dtypes) for kernel in cuda if plain(kernel)
-    )
+    assert ran >= {
+        (*kernel.functor, storage_of(kernel), kernel.whole)
+        for kernel in cuda
+        if kernel.rule and not never_runs(kernel)
+    }
 
 
-def plain(kernel: Kernel) -> bool:
-    return bool(kernel.rule) and not kernel.whole
+def never_runs(kernel: Kernel) -> bool:
+    """Centered, no state is coded: the variance is a difference of two of them."""
+    return kernel.storage == "coded" and ("centered", True) in kernel.options
 
 
 def sections(report: str) -> dict[str, str]:

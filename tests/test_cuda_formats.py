@@ -228,7 +228,7 @@ class Run:
         if self.case.device:
             begun = [torch.tensor(1.0) for _ in members]
             steps = [s.get("step", torch.tensor(3.0)) for s in self.states]
-            device_step = DeviceStep(torch.device("cpu"), steps, begun, 1)
+            device_step = DeviceStep(torch.device("cpu"), steps, begun, 1, [])
         registered = RegisteredList(members, "auto", averages, device_step)
         engine = engines._BY_NAME[self.engine]
 

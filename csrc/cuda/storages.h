@@ -70,14 +70,16 @@ struct Coded : Mixed {
 // Calls visit(Storage{}, kWhole) with the way to the arrays of a bucket, and whether the step does
 // anything beside its rule (core/pass.h) as a std::bool_constant. Kernels are compiled for what is
 // named here. Where every array is bfloat16 an average is not, so Mixed does a whole step over it;
-// Joined and Coded find out what is to be done when they run.
+// Coded finds out what is to be done when it runs.
 template <class Visit>
 void visit_storage(const Bucket& bucket, Visit&& visit) {
   constexpr std::true_type kWhole;
   constexpr std::false_type kPlain;
   const Format& format = bucket.format;
   if (format.state == Dtype::kCode8) return visit(Coded{}, kWhole);
-  if (!format.is_plain()) return visit(Joined{}, kWhole);
+  if (!format.is_plain()) {
+    return bucket.is_plain() ? visit(Joined{}, kPlain) : visit(Joined{}, kWhole);
+  }
   if (format.all(Dtype::kFloat32)) {
     return bucket.is_plain() ? visit(Uniform<float>{}, kPlain) : visit(Uniform<float>{}, kWhole);
   }

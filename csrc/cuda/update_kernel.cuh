@@ -26,12 +26,14 @@ constexpr int kMostBlocks = 6;
 
 template <class Functor, class Storage, bool kWhole>
 constexpr int blocks_per_multiprocessor() {
-  constexpr bool kMixed = std::is_same_v<Storage, Mixed>;
-  if (Storage::kHasBeside) return 2;
+  // Coded, a thread holds 16 elements and their new states until all of a block are known.
+  if (Storage::kHasCodes) return 2;
+  constexpr bool kTold = std::is_base_of_v<Mixed, Storage>;  // when it runs
   // The average is one array more, what is observed takes registers too; mixed, 2 blocks of 128
   // registers still have 48 KB of loads in flight.
-  if (kMixed && kWhole) return 2;
-  const int arrays = kFirstState + Functor::kStates + kMixed + 2 * kWhole;
+  if (kTold && kWhole) return 2;
+  if (Storage::kHasBeside) return 3;
+  const int arrays = kFirstState + Functor::kStates + kTold + 2 * kWhole;
   return arrays > 4 ? 3 : arrays > 2 ? 4 : kMostBlocks;
 }
 
