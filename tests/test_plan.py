@@ -182,3 +182,28 @@ def test_bad_configurations_are_named(
     message = refused(capsys, "--config", str(path))
     assert words in message
     assert "--config" in message
+
+
+@pytest.mark.parametrize(("model", "gpus"), [("8b", 8), ("70b", 64), ("405b", 1024)])
+def test_the_docs_have_what_the_plan_says(
+    model: str, gpus: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    docs = (Path(__file__).parents[1] / "docs" / "scale.md").read_text()
+    heading = docs.index(f"{model.upper()} on {gpus} GPUs** (")
+    section = docs[heading : docs.find("\n**", heading)]
+    rows = {
+        line.split("|")[1].replace("`", "").strip(): line
+        for line in section.splitlines()[2:]
+        if line.startswith("|")
+    }
+    out = run(capsys, "--model", f"llama-3-{model}", "--gpus", str(gpus), "--bandwidth", "4000")
+    assert out.splitlines()[0].split()[0] in section
+    shown = 0
+    for line in out.splitlines()[2:-1]:
+        name, cells = line[:24].strip(), line[24:].split()
+        if name in rows:
+            found = [cell.strip() for cell in rows[name].split("|")[2:-1]]
+            beside = cells[3] if cells[3] != "0.00" else ""
+            assert found == [*cells[:3], beside, *cells[4:6], f"{cells[6]} ms"]
+            shown += 1
+    assert shown == 5
