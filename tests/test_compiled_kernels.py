@@ -65,17 +65,24 @@ def engine(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture
-def kernels(engine: str, compiled_kernels: list[Compiled]) -> list[Compiled]:
-    """The kernels of one engine that update, and do nothing beside."""
-    return [
-        kernel
-        for kernel in compiled_kernels
-        if kernel.engine == engine and kernel.kernel.rule and not kernel.kernel.whole
-    ]
+def updates(engine: str, compiled_kernels: list[Compiled]) -> list[Compiled]:
+    """The kernels of one engine that update."""
+    return [k for k in compiled_kernels if k.engine == engine and k.kernel.rule]
+
+
+@pytest.fixture
+def kernels(updates: list[Compiled]) -> list[Compiled]:
+    """Those that do nothing beside."""
+    return [kernel for kernel in updates if not kernel.kernel.whole]
 
 
 def storage_of(kernel: Kernel) -> tuple[str, ...] | str:
     return kernel.dtypes or kernel.storage
+
+
+def states_of(kernel: Compiled) -> int:
+    on = {name for name, value in kernel.kernel.options if value}
+    return EXPECTED[kernel.kernel.rule].states + len(on & OPTIONS_WITH_A_STATE)
 
 
 def test_whole_steps_are_compiled_too(compiled_kernels: list[Compiled]) -> None:
@@ -98,7 +105,7 @@ def test_accesses_to_coded_states_are_wide(compiled_kernels: list[Compiled]) -> 
     assert coded
     for kernel in coded:
         count = kernel.code.count()
-        states = EXPECTED[kernel.kernel.rule].states
+        states = states_of(kernel)
         wide = {
             kind: sum(n for name, n in count.items() if name.startswith(kind) and "128" in name)
             for kind in ("LDG", "STG")
@@ -154,9 +161,7 @@ def test_main_path_has_only_16_byte_accesses(legible: list[Compiled]) -> None:
         assert not narrowed(kernel), f"{kernel}: {kernel.path.accesses}"
         assert kernel.elements is not None
         assert kernel.elements * min(kernel.kernel.widths) % WIDE == 0, str(kernel)
-        on = {name for name, value in kernel.kernel.options if value}
-        states = EXPECTED[kernel.kernel.rule].states + len(on & OPTIONS_WITH_A_STATE)
-        assert kernel.states == states, str(kernel)
+        assert kernel.states == states_of(kernel), str(kernel)
 
 
 def test_enough_bytes_in_flight(legible: list[Compiled]) -> None:
@@ -165,15 +170,16 @@ def test_enough_bytes_in_flight(legible: list[Compiled]) -> None:
         assert kernel.bytes_in_flight >= BYTES_IN_FLIGHT, str(kernel)
 
 
-def test_every_operation_is_rounded_by_itself(kernels: list[Compiled]) -> None:
-    for kernel in kernels:
+def test_every_operation_is_rounded_by_itself(updates: list[Compiled]) -> None:
+    for kernel in updates:
         ptx = kernel.ptx
         assert not re.search(r"\b(?:fma|mad)\.\S*f32", ptx), str(kernel)
         # Without .rn ptxas might fuse them.
         assert not re.search(r"\b(?:add|sub|mul)\.f32", ptx), str(kernel)
         assert not re.search(r"\.(?:approx|full|ftz)\b", ptx), str(kernel)
         expected = EXPECTED[kernel.kernel.rule]
-        for operation, n in (("div", expected.divisions), ("sqrt", expected.roots)):
+        divides = expected.divisions or (kernel.kernel.storage == "coded" and states_of(kernel))
+        for operation, n in (("div", divides), ("sqrt", expected.roots)):
             modifiers = set(re.findall(rf"\b{operation}\.(\S*f32)\b", ptx))
             assert modifiers == ({"rn.f32"} if n else set()), f"{kernel}: {operation}"
 

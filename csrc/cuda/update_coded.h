@@ -19,7 +19,8 @@ namespace fused_adamw::cuda {
 // is done in two parts, and between them the team shares its magnitudes, within a warp. Where
 // arrays are not aligned, or a tensor ends within a block, a thread holds two elements and the team
 // is the whole warp. A GPU runs each thread by itself; a host plays the threads of a warp together,
-// each part for all of them. `Lanes` says which:
+// each part for all of them. (A scale that one of a team's threads writes follows from what all of
+// them have made of the scale before it: no thread reads it later.) `Lanes` says which:
 //
 //   kPlayed                 how many threads are played together
 //   share<kTeam>(largest)   gives each of them the largest of its team's
