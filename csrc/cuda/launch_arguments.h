@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <cstring>
 
 #include "core/bucket.h"
 #include "core/pass.h"
@@ -24,10 +25,10 @@ static_assert(kThreads == kLanes * kSegments, "a warp adds up one segment of a c
 constexpr int kArgumentBytes = 32764;
 constexpr int kRows = 104;
 
-// `kWhole`: with what a step may do beside its rule (core/pass.h), unscaling and clipping apart,
-// which every launch does.
+// How many tensors' arguments fit. `kWhole`: with what a step may do beside its rule (core/pass.h),
+// unscaling and clipping apart, which every launch does.
 template <class Functor, class Storage, bool kWhole>
-struct LaunchArguments {
+struct LaunchCapacity {
   static constexpr bool kHasBeside = Storage::kHasBeside;
   static constexpr int kStates = Functor::kStates, kSlots = kFirstState + kStates;
   static constexpr int kEma = kSlots, kBeside = kSlots + kWhole;  // their places in `slot`
@@ -37,18 +38,43 @@ struct LaunchArguments {
       (kPointers + kScales) * static_cast<int>(sizeof(void*)) + sizeof(std::int64_t) +
       sizeof(std::uint32_t) + sizeof(std::int32_t) + (kWhole ? sizeof(std::uint32_t) : 0) +
       (kHasBeside ? sizeof(std::uint64_t) + sizeof(std::int64_t) : 0);
-  static constexpr int kTensors =
-      (kArgumentBytes - kRows * static_cast<int>(sizeof(Row<Functor>)) - 96) / kBytesPerTensor;
+  // A row's last number is of the random bits.
+  static constexpr int kRowFloats =
+      static_cast<int>(sizeof(Row<Functor>) / sizeof(float)) - !kHasBeside;
+  static constexpr int kRowBytes = kRowFloats * static_cast<int>(sizeof(float));
+  static constexpr int kTensors = (kArgumentBytes - kRows * kRowBytes - 64) / kBytesPerTensor;
+};
+
+// Of codes.
+template <int kScales, int kTensors>
+struct ScaleArguments {
+  float* scale[kScales][kTensors];
+};
+template <int kTensors>
+struct ScaleArguments<0, kTensors> {};
+
+// Of what may be rounded stochastically: [note: random bits].
+template <bool kIsThere, int kTensors>
+struct RandomArguments {
+  std::uint64_t key[kTensors];
+  std::int64_t offset[kTensors];  // of the first element in the whole tensor
+};
+template <int kTensors>
+struct RandomArguments<false, kTensors> {};
+
+template <class Functor, class Storage, bool kWhole,
+          class Capacity = LaunchCapacity<Functor, Storage, kWhole>>
+struct LaunchArguments : Capacity,
+                         ScaleArguments<Capacity::kScales, Capacity::kTensors>,
+                         RandomArguments<Capacity::kHasBeside, Capacity::kTensors> {
+  static constexpr int kTensors = Capacity::kTensors;
 
   // The average of the parameter, with kWhole, and what is beside it follow the states.
-  void* slot[kPointers][kTensors];
+  void* slot[Capacity::kPointers][kTensors];
   std::int64_t numel[kTensors];
-  float* scale[kScales ? kScales : 1][kScales ? kTensors : 1];
-  std::uint64_t key[kHasBeside ? kTensors : 1];
-  std::int64_t offset[kHasBeside ? kTensors : 1];
   std::int64_t chunk;     // index of the launch's first chunk in the whole list
   Observation* observed;  // one a chunk; or null
-  Row<Functor> rows[kRows];
+  float rows[kRows][Capacity::kRowFloats];
   std::uint32_t later[kWhole ? kTensors : 1];  // of the tensor's first chunk, from there on
   std::uint32_t first_chunk[kTensors + 1];     // the last entry in use is the number of blocks
   std::int32_t row[kTensors];                  // of `rows`, or of those on the device
@@ -88,7 +114,9 @@ void pack(const Bucket& bucket, const Launch& launch,
       arguments.key[i] = tensor.key;
       arguments.offset[i] = tensor.offset;
     }
-    for (int k = 0; k < Arguments::kScales; ++k) arguments.scale[k][i] = tensor.scale[k];
+    if constexpr (Arguments::kScales > 0) {
+      for (int k = 0; k < Arguments::kScales; ++k) arguments.scale[k][i] = tensor.scale[k];
+    }
     arguments.numel[i] = tensor.numel;
     arguments.first_chunk[i] = launch.first_chunk[i];
     arguments.row[i] = bucket.device_rows ? tensor.row : launch.row_of[i];
@@ -97,8 +125,9 @@ void pack(const Bucket& bucket, const Launch& launch,
   arguments.device_rows = bucket.device_rows;
   arguments.skip = bucket.skip;
   for (std::size_t r = 0; r < launch.rows.size() && !bucket.device_rows; ++r) {
-    arguments.rows[r] = *reinterpret_cast<const Row<Functor>*>(
-        bucket.coefficients.data() + launch.rows[r] * bucket.coefficients_per_row);
+    memcpy(arguments.rows[r],
+           bucket.coefficients.data() + launch.rows[r] * bucket.coefficients_per_row,
+           Arguments::kRowBytes);
   }
 }
 

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <cstring>
 #include <type_traits>
 
 #include "core/platform.h"
@@ -23,8 +24,10 @@ struct Arrays {
   FUSED_ADAMW_HD Arrays(const Arguments& arguments, int tensor) {
     FUSED_ADAMW_UNROLL
     for (int k = 0; k < Arguments::kPointers; ++k) slot[k] = arguments.slot[k][tensor];
-    FUSED_ADAMW_UNROLL
-    for (int k = 0; k < Arguments::kScales; ++k) scale[k] = arguments.scale[k][tensor];
+    if constexpr (Arguments::kScales > 0) {
+      FUSED_ADAMW_UNROLL
+      for (int k = 0; k < Arguments::kScales; ++k) scale[k] = arguments.scale[k][tensor];
+    }
   }
 
   FUSED_ADAMW_HD float* ema() const { return static_cast<float*>(slot[Arguments::kEma]); }
@@ -44,11 +47,15 @@ struct Arrays {
 template <class Functor, class Storage, bool kWhole>
 FUSED_ADAMW_HD Row<Functor> row_of(const LaunchArguments<Functor, Storage, kWhole>& arguments,
                                    int tensor) {
-  const int index = arguments.row[tensor];
-  return arguments.device_rows
-             ? *reinterpret_cast<const Row<Functor>*>(arguments.device_rows +
-                                                      static_cast<std::int64_t>(index) * kDeviceRow)
-             : arguments.rows[index];
+  constexpr int kBytes = LaunchArguments<Functor, Storage, kWhole>::kRowBytes;
+  const std::int64_t index = arguments.row[tensor];
+  Row<Functor> row{};
+  if (arguments.device_rows) {
+    memcpy(&row, arguments.device_rows + index * kDeviceRow, kBytes);
+  } else {
+    memcpy(&row, arguments.rows[index], kBytes);
+  }
+  return row;
 }
 
 // Elements [begin, end) of a tensor, of which `arguments` say more.
