@@ -22,7 +22,7 @@ from fused_adamw.triton_kernels import RULES
 BYTES_IN_FLIGHT = 48 * 1024  # what an SM of an H200 needs on its way to keep the memory busy
 
 
-# Kernels of whole steps hold what is observed and averaged too, in 128 registers against the half of
+# Kernels of whole steps also hold what is observed and averaged, in 128 registers against half of
 # the warps that more would cost: they may spill what a thread reads once. The tick's one thread a
 # parameter may spill.
 WHOLE_STEPS_THAT_SPILL = {
