@@ -89,7 +89,7 @@ def gpt_task(args: argparse.Namespace) -> Task:
     training, validation = split_text(load_text(args.text), config.context)
     return Task(
         title="GPT: validation loss (nats a byte)",
-        steps=args.steps or 1000,
+        steps=args.steps or 2000,
         options={"lr": 3e-3, "betas": (0.9, 0.99)},
         weight_decay=0.1,
         make_model=lambda: GPT(config),
@@ -318,7 +318,7 @@ def argument_parser() -> argparse.ArgumentParser:
     )
     option = parser.add_argument
     option("--tasks", nargs="+", choices=list(TASKS), default=list(TASKS), help="what to learn")
-    option("--seeds", type=int, default=3, help="trainings of each format")
+    option("--seeds", type=int, default=4, help="trainings of each format")
     option("--steps", type=int, help="of each training; by default each task's own")
     option("--text", type=Path, metavar="FILE", help="for the GPT, if not Python's topics")
     option("--peers", action="store_true", help="8-bit states of float32 parameters, and peers'")
