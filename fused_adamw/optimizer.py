@@ -60,6 +60,8 @@ from fused_adamw.ranks import Ranks
 from fused_adamw.registration import Member, RegisteredList
 from fused_adamw.schedules import Schedule, from_description
 from fused_adamw.shards import (
+    WHOLE,
+    Extent,
     extent_of,
     is_sharded,
     local_of,
@@ -1058,7 +1060,7 @@ class FusedOptimizer(Optimizer):
                         averaged=averages,
                         unaveraged=unaveraged and begins,
                         active=active,
-                        origin=self._origin(param, layout) if active else 0,
+                        extent=self._extent(param, layout) if active else WHOLE,
                         norm_class=0 if ranks is None else ranks.classes[number],
                     )
                 )
@@ -1115,22 +1117,21 @@ class FusedOptimizer(Optimizer):
         state = local_state(self._state.get(param, {}))
         return wrapped(full_value(local_of(param), layout, state), param)
 
-    def _origin(self, param: Tensor, layout: Layout) -> int:
-        """Number of a parameter's first element on this rank, from which random bits follow.
+    def _extent(self, param: Tensor, layout: Layout) -> Extent:
+        """Where a parameter's elements are in the whole tensor, from which random bits follow.
 
         Raises:
-            ValueError: there is none, where random bits are drawn.
+            ValueError: they are where no rule says, and random bits are drawn.
         """
-        if not is_sharded(param):
-            return 0
-        extent = extent_of(param)
-        if layout.draws and not extent.is_run:
+        extent = extent_of(param) if is_sharded(param) else WHOLE
+        if extent is None and layout.draws:
             raise ValueError(
-                f"placements: found {placements_name(param)} beside {layout}, which draws random "
-                "bits by the number of an element; accepted: shards that are a run of the whole "
-                "tensor in row-major order, as of Shard(0)"
+                f"placements: found {placements_name(param)} for shape {tuple(param.shape)} beside "
+                f"{layout}, which draws random bits by the number of an element; accepted: shards "
+                "of the first dimension and of one other, and each cut evenly where several "
+                "dimensions of the mesh cut it"
             )
-        return extent.origin
+        return extent or WHOLE
 
     def _steps_taken(self) -> list[int]:
         """By each group, as random bits follow from them."""

@@ -21,6 +21,7 @@ from torch.distributed.tensor import (
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fused_adamw import FusedAdamW, FusedSGD
+from fused_adamw.engines import triton
 
 pytestmark = on_ranks.needs_gloo
 
@@ -66,7 +67,7 @@ def placed() -> list[tuple[DeviceMesh, list[Placement]]]:
 def on_every_placement(rank: int) -> list[str]:
     """Parameters of all placements, and plain ones, in one group."""
     found = []
-    for name, (options, dtype) in FORMATS.items():
+    for name, (options, dtype) in {**FORMATS, **DRAWING}.items():
         meshes: list[Any] = [*placed(), (None, [])]
         # 256 columns so that shards of columns are of whole blocks; and a ragged one.
         for shape in [(24, 256), (7, 9)]:
@@ -87,6 +88,31 @@ def on_every_placement(rank: int) -> list[str]:
 
 def test_every_placement_and_plain_tensors_in_one_launch() -> None:
     assert on_ranks.run(on_every_placement, 4) == [[]] * 4
+
+
+def columns_on_other_engines(rank: int, engines: list[str]) -> list[str]:
+    """Shards that are not one run of the whole, where random bits are drawn by place in it."""
+    mesh = init_device_mesh("cpu", (2,))
+    found = []
+    for engine in engines:
+        for name, (options, dtype) in DRAWING.items():
+            pair = Pair(
+                lambda params, o=options, e=engine: FusedAdamW(params, **LOUD, engine=e, **o),
+                [(3, 256), (33, 128), (2, 5, 7), (5, 7, 3)],  # the second is coded
+                dtype,
+                [(mesh, [Shard(1)])] * 4,
+            )
+            for step in range(2):
+                pair.step(step)
+            found += [f"{engine} {name}: {what}" for what in pair.differences()]
+    return found
+
+
+def test_shards_of_columns_on_other_engines() -> None:
+    engines = ["reference"]
+    if triton.unavailable_reason() is None and triton.interpreted():
+        engines.append("triton")
+    assert on_ranks.run(columns_on_other_engines, 2, engines) == [[]] * 2
 
 
 class Seen(TorchDispatchMode):
