@@ -94,16 +94,17 @@ def columns_on_other_engines(rank: int, engines: list[str]) -> list[str]:
     """Shards that are not one run of the whole, where random bits are drawn by place in it."""
     mesh = init_device_mesh("cpu", (2,))
     found = []
+    shapes = [(33, 128), (3, 34), (2, 5, 7), (5, 7, 3)]  # the first is coded
     for engine in engines:
-        for name, (options, dtype) in DRAWING.items():
+        for name in ("stochastic", "8bit"):
+            options, dtype = DRAWING[name]
             pair = Pair(
                 lambda params, o=options, e=engine: FusedAdamW(params, **LOUD, engine=e, **o),
-                [(3, 256), (33, 128), (2, 5, 7), (5, 7, 3)],  # the second is coded
+                shapes,
                 dtype,
-                [(mesh, [Shard(1)])] * 4,
+                [(mesh, [Shard(1)])] * len(shapes),
             )
-            for step in range(2):
-                pair.step(step)
+            pair.step(0)
             found += [f"{engine} {name}: {what}" for what in pair.differences()]
     return found
 
