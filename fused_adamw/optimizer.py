@@ -41,8 +41,10 @@ from fused_adamw.measurements import GroupTelemetry, Measurements
 from fused_adamw.memory_report import MemoryReport, PlannedTensor, memory_report
 from fused_adamw.precision import (
     BESIDE_KEYS,
+    CODED,
     STATE_KINDS,
     Layout,
+    are_coded,
     beside_of,
     blocks_fit,
     check_precision,
@@ -1177,6 +1179,8 @@ class FusedOptimizer(Optimizer):
             if isinstance(group["schedule"], Schedule):
                 group["schedule"] = group["schedule"].describe()
             group["schedule_step"] = int(group["schedule_step"])
+            states = (found["state"].get(key, {}) for key in group["params"])
+            group[CODED] = "".join("1" if are_coded(state) else "0" for state in states)
         if self._positions:
             keys = chain.from_iterable(group["params"] for group in found["param_groups"])
             for key, param in zip(keys, chain.from_iterable(self._param_lists()), strict=True):
@@ -1252,7 +1256,7 @@ class FusedOptimizer(Optimizer):
                     f"{where} is of another algorithm than {type(self).__name__}: "
                     f"it has {', '.join(foreign)}"
                 )
-            left_out = {"params", *_OF_ALL_GROUPS}
+            left_out = {"params", CODED, *_OF_ALL_GROUPS}
             new = deepcopy({key: value for key, value in saved.items() if key not in left_out})
             self._adopt_group(where, group, new)
             new["params"] = group["params"]
@@ -1315,6 +1319,11 @@ class FusedOptimizer(Optimizer):
             key: (*member, f"state_dict: {_label(index, member[1], member[2])}")
             for index, (key, member) in enumerate(zip(saved_ids, members, strict=True))
         }
+        coded = {
+            param: flag == "1"
+            for group, saved_group in zip(groups, state_dict["param_groups"], strict=True)
+            for param, flag in zip(group["params"], saved_group.get(CODED, ""))  # noqa: B905
+        }
         states: States = defaultdict(dict)
         for key, saved in state_dict["state"].items():
             if key not in by_id:
@@ -1323,6 +1332,13 @@ class FusedOptimizer(Optimizer):
             param, group, place, where = by_id[key]
             # torch's SGD of old saved a buffer of None.
             saved = {name: value for name, value in saved.items() if value is not None}
+            if saved and coded.get(param, are_coded(saved)) != are_coded(saved):
+                raise ValueError(
+                    f"{where}: found states that are {'codes' if are_coded(saved) else 'numbers'} "
+                    "by their dtype and were not when they were saved; accepted: as they were "
+                    "saved, for which torch.distributed.checkpoint.load takes "
+                    "planner=fused_adamw.checkpoint.LoadPlanner()"
+                )
             if saved:
                 states[param] = self._loaded_state(where, group, place, saved)
         return states
@@ -1394,6 +1410,8 @@ class FusedOptimizer(Optimizer):
         found = self.state_dict()
         names = [name for name in STATE_KINDS if name in self._known_states]
         found["state"] = {key: dict(state) for key, state in found["state"].items()}
+        for group in found["param_groups"]:
+            del group[CODED]
         for state in found["state"].values():
             present = [name for name in names if name in state]
             kinds = [STATE_KINDS[name] for name in present]
