@@ -144,6 +144,9 @@ class FusedOptimizer(Optimizer):
     one outside; replays follow what these tensors hold, and the schedule too. Checkpoints are the
     same either way.
 
+    DTensors are stepped on their local shards; their states are DTensors of the same mesh and
+    placements. All ranks of a mesh must call a step together: see docs/distributed.md.
+
     Args:
         params: tensors, (name, tensor) pairs or param groups; float32, bfloat16 or float16, dense
             in any order of dimensions.
@@ -170,8 +173,9 @@ class FusedOptimizer(Optimizer):
             keeps them as they are. The norm is in `grad_norm`.
         skip_nonfinite: whether a step whose norm is not finite does nothing, as after an overflow.
         norm_process_groups: the squared norm is summed over the ranks of each of these groups, one
-            after the other, where each rank has a part of the gradients. Without ``max_grad_norm``
-            or ``skip_nonfinite`` there is no norm to sum. Copies share them; pickles have none.
+            after the other, where each rank has a part of the gradients. DTensors need none: theirs
+            is summed over the shards of their meshes. Without ``max_grad_norm`` or
+            ``skip_nonfinite`` there is no norm to sum. Copies share them; pickles have none.
         ema_decay: in [0, 1): an exponential moving average of the parameters is kept, with the
             formula of `torch.optim.swa_utils.AveragedModel` and ``get_ema_multi_avg_fn``, but in
             float32 where theirs has the parameter's dtype. It begins as a copy after the first

@@ -38,7 +38,6 @@ def run(bucket: _C.Bucket, device: torch.device) -> None:
     """
     import fused_adamw.triton_kernels as triton_kernels
 
-    bucket = _C.in_runs(bucket)
     is_coded = bucket.scales.size > 0
     format = triton_kernels.Format(
         bucket.param_dtype,
