@@ -16,6 +16,7 @@
 #include "core/bucket.h"
 #include "core/float_environment.h"
 #include "core/planner.h"
+#include "core/runs.h"
 #include "core/square_sum.h"
 #include "cpu/engine.h"
 #include "cuda/engine.h"
@@ -160,6 +161,18 @@ py::tuple state_kinds(const Bucket& bucket) {
     kinds.append(kStateKindNames[static_cast<int>(kind)]);
   }
   return py::tuple(kinds);
+}
+
+// A bucket as engines take it that know no runs: itself, or with a tensor for each run.
+template <class Take>
+auto with_runs(const Bucket& bucket, Take&& take) {
+  if (!has_runs(bucket)) return take(bucket);
+  if (bucket.observed != nullptr) {
+    throw py::value_error(
+        "telemetry: found shards of columns that are rounded stochastically, accepted: with the "
+        "engines 'cpu' and 'reference'");
+  }
+  return take(in_runs(bucket));
 }
 
 // A list's chunks by class and param group, kept beyond its next step.
@@ -349,6 +362,12 @@ PYBIND11_MODULE(_C, m) {
           "offsets",
           [](const Bucket& b) { return column<std::int64_t>(b, [](auto& t) { return t.offset; }); },
           &set_offsets)
+      .def_property_readonly("runs",
+                             [](const Bucket& b) {
+                               return py::make_tuple(
+                                   column<std::int64_t>(b, [](auto& t) { return t.run; }),
+                                   column<std::int64_t>(b, [](auto& t) { return t.stride; }));
+                             })
       .def_readonly("device_type", &Bucket::device_type)
       .def_readonly("device_index", &Bucket::device_index)
       .def_readonly("numel", &Bucket::numel)
@@ -395,12 +414,12 @@ PYBIND11_MODULE(_C, m) {
                        py::list scalars, py::list fresh, py::list besides, py::list scales,
                        py::list stochastic, py::list keys, py::list averages, py::list unaveraged,
                        py::list active, py::list groups, py::list labels, py::list sharded,
-                       py::list origins, py::list classes, bool on_device, py::object restride,
+                       py::list places, py::list classes, bool on_device, py::object restride,
                        py::object to_local, py::object mismatch, py::object tensor_type,
                        py::object increment_version) {
              for (const py::list& list :
                   {states, names, counts, scalars, fresh, besides, scales, stochastic, keys,
-                   averages, unaveraged, active, groups, labels, sharded, origins, classes}) {
+                   averages, unaveraged, active, groups, labels, sharded, places, classes}) {
                if (list.size() != params.size()) {
                  throw py::value_error("lists of one registration differ in length");
                }
@@ -408,14 +427,14 @@ PYBIND11_MODULE(_C, m) {
              return std::make_unique<host::ParameterList>(host::Registration{
                  params,    states,   names,      counts,   scalars,     fresh,
                  besides,   scales,   stochastic, keys,     averages,    unaveraged,
-                 active,    groups,   labels,     sharded,  origins,     classes,
+                 active,    groups,   labels,     sharded,  places,      classes,
                  on_device, restride, to_local,   mismatch, tensor_type, increment_version});
            }),
            py::kw_only(), py::arg("params"), py::arg("states"), py::arg("names"), py::arg("counts"),
            py::arg("scalars"), py::arg("fresh"), py::arg("besides"), py::arg("scales"),
            py::arg("stochastic"), py::arg("keys"), py::arg("averages"), py::arg("unaveraged"),
            py::arg("active"), py::arg("groups"), py::arg("labels"), py::arg("sharded"),
-           py::arg("origins"), py::arg("classes"), py::arg("on_device"), py::arg("restride"),
+           py::arg("places"), py::arg("classes"), py::arg("on_device"), py::arg("restride"),
            py::arg("to_local"), py::arg("mismatch"), py::arg("tensor_type"),
            py::arg("increment_version"))
       .def("remember", &host::ParameterList::remember, py::arg("param_lists"), py::arg("states"))
@@ -553,8 +572,10 @@ PYBIND11_MODULE(_C, m) {
         if (bucket.device_type != dlpack::kCuda) {
           throw py::value_error("the tensors are not on a CUDA device");
         }
-        const py::gil_scoped_release release;
-        return cuda::update(bucket, bucket.stream);
+        return with_runs(bucket, [](const Bucket& b) {
+          const py::gil_scoped_release release;
+          return cuda::update(b, b.stream);
+        });
       },
       py::arg("bucket"));
   m.def(
@@ -585,8 +606,10 @@ PYBIND11_MODULE(_C, m) {
       "update_cuda_on_host",
       [](const Bucket& bucket) {
         require_cpu(bucket);
-        const py::gil_scoped_release release;
-        cuda::update_on_host(bucket);
+        with_runs(bucket, [](const Bucket& b) {
+          const py::gil_scoped_release release;
+          cuda::update_on_host(b);
+        });
       },
       py::arg("bucket"));
   m.def(
@@ -597,6 +620,10 @@ PYBIND11_MODULE(_C, m) {
         cuda::square_sums_on_host(bucket, doubles_at(partials));
       },
       py::arg("bucket"), py::arg("partials"));
+  m.def(
+      "in_runs",
+      [](const Bucket& bucket) { return with_runs(bucket, [](const Bucket& b) { return b; }); },
+      py::arg("bucket"));
   m.def("count_cuda_launches", &cuda::count_launches, py::arg("bucket"));
   m.attr("CHUNK") = kChunk;
 

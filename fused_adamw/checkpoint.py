@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
-from fused_adamw.precision import BESIDE_KEYS, BLOCK, STATE_KINDS, scale_key
+from fused_adamw.precision import BESIDE_KEYS, BLOCK, CODED, STATE_KINDS, scale_key
 from fused_adamw.shards import is_sharded, local_of, split_for_blocks, wrapped
 from fused_adamw.whole_step import EMA
 
@@ -51,11 +51,20 @@ class LoadPlanner(DefaultLoadPlanner):
         if metadata is None or not self.flatten_state_dict:
             return
         saved = metadata.state_dict_metadata
-        for key in [key for key, path in self.mappings.items() if _GROUPS in path]:
-            if key not in saved:
+        for key, path in list(self.mappings.items()):
+            if _GROUPS in path and key not in saved:
+                if path[-1] == CODED:  # it speaks of the states that were saved
+                    del self._at(path[:-1])[CODED]
                 del self.state_dict[key], self.mappings[key]
         for path in list(self._states()):
             self._adapt(path, saved)
+
+    def _at(self, path: tuple[Any, ...]) -> Any:
+        """What is at a path of the state dict."""
+        found: Any = self.original_state_dict
+        for part in path:
+            found = found[part]
+        return found
 
     def _states(self) -> Iterator[tuple[Any, ...]]:
         """The paths of parameters' states."""
@@ -64,9 +73,7 @@ class LoadPlanner(DefaultLoadPlanner):
 
     def _adapt(self, path: tuple[Any, ...], saved: dict[str, Any]) -> None:
         """Makes room for the state of a parameter as it was saved."""
-        state = self.original_state_dict
-        for part in path:
-            state = state[part]
+        state = self._at(path)
         prefix = ".".join(map(str, path)) + "."
         names = [name for name in state if isinstance(state[name], Tensor)]
         arrays = [name for name in names if name in STATE_KINDS]

@@ -41,8 +41,10 @@ from fused_adamw.measurements import GroupTelemetry, Measurements
 from fused_adamw.memory_report import MemoryReport, PlannedTensor, memory_report
 from fused_adamw.precision import (
     BESIDE_KEYS,
+    CODED,
     STATE_KINDS,
     Layout,
+    are_coded,
     beside_of,
     blocks_fit,
     check_precision,
@@ -60,6 +62,8 @@ from fused_adamw.ranks import Ranks
 from fused_adamw.registration import Member, RegisteredList
 from fused_adamw.schedules import Schedule, from_description
 from fused_adamw.shards import (
+    WHOLE,
+    Extent,
     extent_of,
     is_sharded,
     local_of,
@@ -140,6 +144,9 @@ class FusedOptimizer(Optimizer):
     one outside; replays follow what these tensors hold, and the schedule too. Checkpoints are the
     same either way.
 
+    DTensors are stepped on their local shards; their states are DTensors of the same mesh and
+    placements. All ranks of a mesh must call a step together: see docs/distributed.md.
+
     Args:
         params: tensors, (name, tensor) pairs or param groups; float32, bfloat16 or float16, dense
             in any order of dimensions.
@@ -166,8 +173,9 @@ class FusedOptimizer(Optimizer):
             keeps them as they are. The norm is in `grad_norm`.
         skip_nonfinite: whether a step whose norm is not finite does nothing, as after an overflow.
         norm_process_groups: the squared norm is summed over the ranks of each of these groups, one
-            after the other, where each rank has a part of the gradients. Without ``max_grad_norm``
-            or ``skip_nonfinite`` there is no norm to sum. Copies share them; pickles have none.
+            after the other, where each rank has a part of the gradients. DTensors need none: theirs
+            is summed over the shards of their meshes. Without ``max_grad_norm`` or
+            ``skip_nonfinite`` there is no norm to sum. Copies share them; pickles have none.
         ema_decay: in [0, 1): an exponential moving average of the parameters is kept, with the
             formula of `torch.optim.swa_utils.AveragedModel` and ``get_ema_multi_avg_fn``, but in
             float32 where theirs has the parameter's dtype. It begins as a copy after the first
@@ -1071,7 +1079,7 @@ class FusedOptimizer(Optimizer):
                         averaged=averages,
                         unaveraged=unaveraged and begins,
                         active=active,
-                        origin=self._origin(param, layout) if active else 0,
+                        extent=self._extent(param, layout) if active else WHOLE,
                         norm_class=0 if ranks is None else ranks.classes[number],
                     )
                 )
@@ -1144,22 +1152,21 @@ class FusedOptimizer(Optimizer):
         state = local_state(self._state.get(param, {}))
         return wrapped(full_value(local_of(param), layout, state), param)
 
-    def _origin(self, param: Tensor, layout: Layout) -> int:
-        """Number of a parameter's first element on this rank, from which random bits follow.
+    def _extent(self, param: Tensor, layout: Layout) -> Extent:
+        """Where a parameter's elements are in the whole tensor, from which random bits follow.
 
         Raises:
-            ValueError: there is none, where random bits are drawn.
+            ValueError: they are where no rule says, and random bits are drawn.
         """
-        if not is_sharded(param):
-            return 0
-        extent = extent_of(param)
-        if layout.draws and not extent.is_run:
+        extent = extent_of(param) if is_sharded(param) else WHOLE
+        if extent is None and layout.draws:
             raise ValueError(
-                f"placements: found {placements_name(param)} beside {layout}, which draws random "
-                "bits by the number of an element; accepted: shards that are a run of the whole "
-                "tensor in row-major order, as of Shard(0)"
+                f"placements: found {placements_name(param)} for shape {tuple(param.shape)} beside "
+                f"{layout}, which draws random bits by the number of an element; accepted: shards "
+                "of the first dimension and of one other, and each cut evenly where several "
+                "dimensions of the mesh cut it"
             )
-        return extent.origin
+        return extent or WHOLE
 
     def _steps_taken(self) -> list[int]:
         """By each group, as random bits follow from them."""
@@ -1205,6 +1212,8 @@ class FusedOptimizer(Optimizer):
             if isinstance(group["schedule"], Schedule):
                 group["schedule"] = group["schedule"].describe()
             group["schedule_step"] = int(group["schedule_step"])
+            states = (found["state"].get(key, {}) for key in group["params"])
+            group[CODED] = "".join("1" if are_coded(state) else "0" for state in states)
         if self._positions:
             keys = chain.from_iterable(group["params"] for group in found["param_groups"])
             for key, param in zip(keys, chain.from_iterable(self._param_lists()), strict=True):
@@ -1280,7 +1289,7 @@ class FusedOptimizer(Optimizer):
                     f"{where} is of another algorithm than {type(self).__name__}: "
                     f"it has {', '.join(foreign)}"
                 )
-            left_out = {"params", *_OF_ALL_GROUPS}
+            left_out = {"params", CODED, *_OF_ALL_GROUPS}
             new = deepcopy({key: value for key, value in saved.items() if key not in left_out})
             self._adopt_group(where, group, new)
             new["params"] = group["params"]
@@ -1343,6 +1352,11 @@ class FusedOptimizer(Optimizer):
             key: (*member, f"state_dict: {_label(index, member[1], member[2])}")
             for index, (key, member) in enumerate(zip(saved_ids, members, strict=True))
         }
+        coded = {
+            param: flag == "1"
+            for group, saved_group in zip(groups, state_dict["param_groups"], strict=True)
+            for param, flag in zip(group["params"], saved_group.get(CODED, ""))  # noqa: B905
+        }
         states: States = defaultdict(dict)
         for key, saved in state_dict["state"].items():
             if key not in by_id:
@@ -1351,6 +1365,13 @@ class FusedOptimizer(Optimizer):
             param, group, place, where = by_id[key]
             # torch's SGD of old saved a buffer of None.
             saved = {name: value for name, value in saved.items() if value is not None}
+            if saved and coded.get(param, are_coded(saved)) != are_coded(saved):
+                raise ValueError(
+                    f"{where}: found states that are {'codes' if are_coded(saved) else 'numbers'} "
+                    "by their dtype and were not when they were saved; accepted: as they were "
+                    "saved, for which torch.distributed.checkpoint.load takes "
+                    "planner=fused_adamw.checkpoint.LoadPlanner()"
+                )
             if saved:
                 states[param] = self._loaded_state(where, group, place, saved)
         return states
@@ -1422,6 +1443,8 @@ class FusedOptimizer(Optimizer):
         found = self.state_dict()
         names = [name for name in STATE_KINDS if name in self._known_states]
         found["state"] = {key: dict(state) for key, state in found["state"].items()}
+        for group in found["param_groups"]:
+            del group[CODED]
         for state in found["state"].values():
             present = [name for name in names if name in state]
             kinds = [STATE_KINDS[name] for name in present]

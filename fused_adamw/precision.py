@@ -69,6 +69,14 @@ def scale_key(name: str) -> str:
 
 
 _SCALE_KEYS = frozenset(map(scale_key, STATE_KINDS))
+CODED = "coded_states"
+"""A param group's key in a checkpoint: of each parameter "1" if its states are coded, else "0"."""
+
+
+def are_coded(state: dict[str, Any]) -> bool:
+    """Whether a parameter's state has codes, by its dtypes."""
+    arrays = (state.get(name) for name in STATE_KINDS)
+    return any(getattr(x, "dtype", None) in (torch.int8, torch.uint8) for x in arrays)
 
 
 def blocks_fit(param: Tensor) -> bool:

@@ -84,6 +84,23 @@ def random_words(key: int, indices: Array, step: int) -> UInt32s:
 _STATE_FACTORS = (0x9E3779B1, 0x85EBCA77, 0xC2B2AE3D)  # odd; the primes of xxHash
 
 
+def element_numbers(numel: int, offset: int = 0, run: int = 0, stride: int = 0) -> Array:
+    """The numbers that a shard's elements have in the whole tensor: int64 [numel].
+
+    ::
+
+        offset + i / run * stride + i % run        with run 0: offset + i
+
+    Args:
+        numel: elements of the shard.
+        offset: number of its first element.
+        run: how many follow each other in the whole; 0: all.
+        stride: from the first of a run to the first of the next.
+    """
+    i = np.arange(numel)
+    return offset + (i // run * stride + i % run if run else i)
+
+
 def random_halves(key: int, indices: Array, step: int, state: int | None = None) -> UInt32s:
     """16 bits for each element: half of the word that it shares with a neighbour.
 

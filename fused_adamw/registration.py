@@ -20,7 +20,7 @@ from fused_adamw.device_step import DeviceInputs, DeviceStep
 from fused_adamw.engines import Engine, device_of, engine_for
 from fused_adamw.measurements import Measurements
 from fused_adamw.ranks import Ranks
-from fused_adamw.shards import is_sharded, local_of, mismatch, to_local, wrapped
+from fused_adamw.shards import WHOLE, Extent, is_sharded, local_of, mismatch, to_local, wrapped
 from fused_adamw.whole_step import EMA, PLAIN, Outcome, StepOptions, zero
 
 
@@ -79,7 +79,7 @@ class Member:
         active: whether it can have a gradient; what cannot may be of any kind.
         group: index of its param group.
         label: how messages call it.
-        origin: number of the parameter's first element among those of the whole tensor.
+        extent: where its elements are in the whole tensor.
         norm_class: number of its class: [note: meetings] in ranks.py.
     """
 
@@ -98,7 +98,7 @@ class Member:
     averaged: bool = False
     unaveraged: bool = False
     active: bool = True
-    origin: int = 0
+    extent: Extent = WHOLE
     norm_class: int = 0
 
 
@@ -148,7 +148,7 @@ class RegisteredList:
             groups=[member.group for member in self.members],
             labels=[member.label for member in self.members],
             sharded=sharded,
-            origins=[member.origin for member in self.members],
+            places=[member.extent for member in self.members],
             classes=[member.norm_class for member in self.members],
             on_device=self.device_step is not None,
             restride=restride,

@@ -158,42 +158,55 @@ def block_shape(shape: torch.Size, split: int, block: int) -> torch.Size:
 
 
 class Extent(NamedTuple):
-    """Where the elements of a shard are among all in row-major order.
+    """Where a shard's elements are in the whole tensor: [note: runs] in csrc/core/runs.h.
 
-    Element i of the shard, in row-major order itself, is number ``origin + i`` of the whole where
-    ``is_run``; otherwise there is no such rule.
+    Attributes:
+        offset: number of its first element, in row-major order.
+        run: how many follow each other in the whole, before others; 0: all of them.
+        stride: from the first of a run to the first of the next, in the whole.
     """
 
-    origin: int
-    is_run: bool
+    offset: int
+    run: int = 0
+    stride: int = 0
 
 
-def extent_of(param: Any) -> Extent:
-    """Where this rank's elements of a parameter are in the whole."""
+WHOLE = Extent(0)
+
+
+def extent_of(param: Any) -> Extent | None:
+    """Where this rank's elements of a parameter are in the whole; None where no `Extent` says it.
+
+    That is so where more than two dimensions are cut, or two of them not from the outermost, or
+    where a mesh cuts one dimension in strides that do not divide it evenly.
+    """
     if not is_sharded(param):
-        return Extent(0, True)
+        return WHOLE
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
     shape, mesh, placements = param.shape, param.device_mesh, param.placements
     local, offsets = compute_local_shape_and_global_offset(shape, mesh, placements)
     if 0 in local or not offsets:
-        return Extent(0, True)
-    origin = sum(map(int.__mul__, offsets, row_major(shape)))
-    outer = [dim for dim, size in enumerate(shape) if size > 1][:1]  # whose rows are runs
-    for dim in range(len(shape)):
-        shares = [
-            (mesh.size(axis), placement)
-            for axis, placement in enumerate(placements)
-            if getattr(placement, "dim", None) == dim
-        ]
+        return WHOLE
+    strides = row_major(shape)
+    offset = sum(map(int.__mul__, offsets, strides))
+    cut = [dim for dim, size in enumerate(shape) if local[dim] != size]
+    for dim in cut:
+        axes = [axis for axis, item in enumerate(placements) if getattr(item, "dim", None) == dim]
         parts = 1
-        for size, _ in shares:
-            parts *= size
-        cut = local[dim] != shape[dim]
-        uneven = len(shares) > 1 and shape[dim] % parts != 0  # maybe cut in a stride
-        if cut and (uneven or dim not in outer):
-            return Extent(origin, False)
-    return Extent(origin, True)
+        for axis in axes:
+            parts *= mesh.size(axis)
+        strided = any(hasattr(placements[axis], "split_factor") for axis in axes)
+        if strided and shape[dim] % parts:
+            return None
+    outermost = next((dim for dim, size in enumerate(shape) if size > 1), 0)
+    inner = [dim for dim in cut if dim != outermost]
+    if not inner:
+        return Extent(offset)
+    if len(inner) > 1:
+        return None
+    (dim,) = inner
+    return Extent(offset, local[dim] * strides[dim], shape[dim] * strides[dim])
 
 
 def shard_groups(param: Any) -> tuple[list[ProcessGroup], list[ProcessGroup]]:

@@ -112,6 +112,14 @@ def test_cuts_do_not_change_random_bits(key: int, at: int, step: int, cuts: list
         np.testing.assert_array_equal(whole, [of_one(key, int(i), step) for i in indices])  # type: ignore[operator]
 
 
+def test_numbers_of_a_shards_elements() -> None:
+    """Of rows 1 to 3, columns 2 and 3, of a tensor with 5 columns; and of a shard of rows."""
+    whole = np.arange(20).reshape(4, 5)
+    columns = formats.element_numbers(6, offset=7, run=2, stride=5)
+    np.testing.assert_array_equal(columns, whole[1:, 2:4].reshape(-1))
+    np.testing.assert_array_equal(formats.element_numbers(10, offset=5), whole[1:3].reshape(-1))
+
+
 def test_keys_are_numbers_of_splitmix64() -> None:
     """From state 0: its published first numbers, by way of seeds that are states."""
     first, second, third = 0xE220A8397B1DCDAF, 0x6E789E6AA1B965F4, 0x06C45D188009454F
@@ -822,6 +830,7 @@ class Problem:
             coefficients=self.coefficients,
             keys=np.array(self.keys, np.uint64),
             offsets=np.array(self.offsets, np.int64),
+            runs=(np.zeros(len(self.numels), np.int64),) * 2,
             emas=np.array([address(x) for x in self.emas], np.int64),
             zero_grads=self.zero_grads,
             observed=self.observed.ctypes.data,

@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn import functional
 from torch.utils.data import DataLoader, Dataset
 
 from fused_adamw import FusedAdamW, schedules
@@ -23,7 +22,7 @@ from fused_adamw import FusedAdamW, schedules
 OPTIONS: dict[str, Any] = {"lr": 1e-2, "betas": (0.9, 0.99), "weight_decay": 0.1}
 VOCABULARY, LENGTH, WINDOWS = 29, 12, 32
 # Of parameters below 2 after some ten steps, each of which rounds a few times.
-CLOSE = {"rtol": 0, "atol": 2e-6}
+CLOSE: dict[str, Any] = {"rtol": 0, "atol": 2e-6}
 
 
 class Sequences(Dataset[dict[str, Tensor]]):
@@ -38,11 +37,10 @@ class Sequences(Dataset[dict[str, Tensor]]):
 
 
 @pytest.fixture(autouse=True)
-def _offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+def _offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE"):
         monkeypatch.setenv(name, "1")
     monkeypatch.chdir(tmp_path)
-    yield
 
 
 def language_model() -> Any:
@@ -121,7 +119,7 @@ def _train(trainer: Any) -> list[dict[str, Any]]:
 
 
 def test_hugging_face_trainer_with_an_optimizer(tmp_path: Path) -> None:
-    """Our schedule beside one of torch's that does nothing; our clipping instead of the trainer's."""
+    """Our schedule beside one of torch's that does nothing; we clip instead of the trainer."""
     ours, theirs = language_model(), language_model()
     cosine = schedules.CosineAnnealing(8)
     optimizer = FusedAdamW(ours.parameters(), schedule=cosine, max_grad_norm=0.1, **OPTIONS)
@@ -187,7 +185,9 @@ def accelerated(
         for batch in loader:
             with accelerator.accumulate(model):
                 ids = batch["input_ids"]
-                loss = F.cross_entropy(model(ids[:, :-1]).flatten(0, 1), ids[:, 1:].flatten())
+                loss = functional.cross_entropy(
+                    model(ids[:, :-1]).flatten(0, 1), ids[:, 1:].flatten()
+                )
                 accelerator.backward(loss)
                 if clip is not None and accelerator.sync_gradients:
                     accelerator.clip_grad_norm_(model.parameters(), clip)
@@ -237,7 +237,9 @@ def lightning_trained(make: Any, tmp_path: Path, **options: Any) -> tuple[nn.Mod
 
         def training_step(self, batch: dict[str, Tensor], index: int) -> Tensor:
             ids = batch["input_ids"]
-            loss = F.cross_entropy(self.model(ids[:, :-1]).flatten(0, 1), ids[:, 1:].flatten())
+            loss = functional.cross_entropy(
+                self.model(ids[:, :-1]).flatten(0, 1), ids[:, 1:].flatten()
+            )
             losses.append(loss.item())
             return loss
 

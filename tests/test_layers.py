@@ -25,7 +25,7 @@ INCLUDES = {
     "core": rf"{STANDARD}|(core|storage)/.*",
     "cpu": rf"{STANDARD}|omp\.h|(cpu|core|storage|rules)/.*",
     "cuda": rf"{STANDARD}|cuda_runtime\.h|(cuda|core|storage|rules|schedules)/.*",
-    "host": rf"{STANDARD}|pybind11/.*|(host|core|storage|rules)/.*",
+    "host": rf"{STANDARD}|structmember\.h|pybind11/.*|(host|core|storage|rules)/.*",
     "bindings.cpp": rf"{STANDARD}|pybind11/.*|(host|cpu|cuda|core|storage|rules|schedules)/.*",
 }
 SOURCES = [p for p in sorted(CSRC.rglob("*")) if p.suffix in (".h", ".cuh", ".cpp", ".cu")]

@@ -2,30 +2,25 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import pickle
-import socket
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import on_ranks
 import pytest
 import torch
 from drawn_training import assert_same_bits, make_params, set_grads, state_tensors
-from torch import Tensor, distributed, multiprocessing
+from torch import Tensor, distributed
 
 from fused_adamw import FusedAdamW
 from fused_adamw.ranks import device_for
 
-pytestmark = pytest.mark.skipif(
-    not (distributed.is_available() and distributed.is_gloo_available()), reason="gloo is missing"
-)
+pytestmark = on_ranks.needs_gloo
 
 RANKS = 2
-SECONDS = 90
 SHAPES = [(7, 5), (33,), (300,), (2000, 11)]
 OPTIONS: dict[str, Any] = {"lr": 0.1, "max_grad_norm": 0.5, "skip_nonfinite": True}
 
@@ -55,32 +50,6 @@ def run(optimizer: FusedAdamW, params: list[Tensor], rank: int | None) -> list[T
     return norms
 
 
-def on_rank(rank: int, train: Callable[[int, str], None], port: int, folder: str) -> None:
-    distributed.init_process_group(
-        "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=RANKS
-    )
-    torch.set_num_threads(1)
-    train(rank, folder)
-    distributed.destroy_process_group()
-
-
-def train_on_ranks(train: Callable[[int, str], None], folder: Path) -> None:
-    """Calls train(rank, folder) in a process for each rank."""
-    with contextlib.closing(socket.socket()) as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    context = multiprocessing.spawn(
-        on_rank, args=(train, port, str(folder)), nprocs=RANKS, join=False
-    )
-    try:
-        end = time.monotonic() + SECONDS
-        while not context.join(timeout=1):  # which waits for one of them
-            assert time.monotonic() < end, f"the ranks took more than {SECONDS} seconds"
-    finally:
-        for process in context.processes:
-            process.kill()
-
-
 def train_parts(rank: int, folder: str) -> None:
     params = part(rank, make_params(SHAPES))
     alone = distributed.new_group([0]), distributed.new_group([1])
@@ -94,7 +63,7 @@ def test_two_ranks_clip_as_one_process(tmp_path: Path) -> None:
 
     A step whose norm is infinite because of one rank is skipped by both.
     """
-    train_on_ranks(train_parts, tmp_path)
+    on_ranks.run(train_parts, RANKS, str(tmp_path))
     params = make_params(SHAPES)
     optimizer = FusedAdamW([{"params": part(rank, params)} for rank in range(RANKS)], **OPTIONS)
     norms = run(optimizer, params, None)
@@ -137,7 +106,7 @@ UNEVEN = (0, 2, 3, 1, 4)  # of which 1 has an infinite gradient on rank 1
 
 def test_a_rank_without_gradients_and_one_with_an_overflow(tmp_path: Path) -> None:
     """The others do not wait in vain, and all skip the step of the overflow."""
-    train_on_ranks(train_unevenly, tmp_path)
+    on_ranks.run(train_unevenly, RANKS, str(tmp_path))
     found = [torch.load(tmp_path / str(rank)) for rank in range(RANKS)]
     for on_host, on_device in found:
         assert_same_bits(on_host[0], on_device[0])

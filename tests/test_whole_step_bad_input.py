@@ -71,7 +71,12 @@ def test_every_class_takes_and_checks_options(cls: Any) -> None:
         cls(make_params(), max_grad_norm=0.0)
 
 
-OF_ALL_GROUPS = {**GOOD, "engine": "cpu", "state_dtype": torch.float32}
+# None is the optimizer's own, which ZeroRedundancyOptimizer repeats in every group.
+OF_ALL_GROUPS = {
+    **GOOD,
+    **{"engine": "cpu", "state_dtype": torch.float32, "zero_grads": True},
+    "norm_process_groups": [],
+}
 
 
 @pytest.mark.parametrize("name", OF_ALL_GROUPS)

@@ -11,6 +11,7 @@
 #include "core/float_environment.h"
 #include "core/pass.h"
 #include "core/planner.h"
+#include "core/runs.h"
 #include "core/square_sum.h"
 #include "rules/registry.h"
 #include "storage/format.h"
@@ -635,6 +636,17 @@ Code find_code(int functor, SimdLevel level) {
   return {update, tools_at(level)};
 }
 
+// Run by run, where random bits are drawn: [note: runs].
+void update_runs(const Code& code, const Work& work) {
+  if (work.tensor.run == 0 || !work.format.draws()) return code.update(work, code.tools);
+  TensorEntry tensor = work.tensor;
+  for_each_run(work.tensor, work.begin, work.end,
+               [&](std::int64_t begin, std::int64_t end, std::int64_t offset) {
+                 tensor.offset = offset;
+                 code.update({tensor, work.format, work.coefficients, begin, end}, code.tools);
+               });
+}
+
 // Gradients as floats: where they are, or in `buffer`.
 const float* gradients(const Work& work, const Tools& tools, float* buffer) {
   const Dtype dtype = work.format.grad;
@@ -664,7 +676,7 @@ Observation update_in_blocks(const Bucket& bucket, const Code& code, const Work&
       if (values != before) std::copy_n(values, count, before);
     }
 
-    code.update(block, tools);
+    update_runs(code, block);
 
     if (ema != nullptr && work.format.beside == Beside::kNothing) {
       tools.average(block.slot_bytes(kParam), work.format.param, ema, weight, count);
@@ -765,7 +777,7 @@ void update(const Bucket& bucket, int threads, SimdLevel level) {
                           });
   }
   const auto update_span = [&](const TensorEntry& tensor, std::int64_t begin, std::int64_t end) {
-    if (bucket.is_plain()) return code.update(work(tensor, begin, end), code.tools);
+    if (bucket.is_plain()) return update_runs(code, work(tensor, begin, end));
     update_in_blocks(bucket, code, work(tensor, begin, end));
   };
 

@@ -55,7 +55,7 @@ _CUDA = Engine(
 )
 _TRITON = Engine(
     lambda bucket, hyperparameters: _C.in_default_float_environment(
-        lambda: triton.run(bucket, device_of(bucket))
+        lambda: triton.run(_C.in_runs(bucket), device_of(bucket))
     ),
     lambda bucket, partials: _C.in_default_float_environment(
         lambda: triton.square_sums(bucket, partials)

@@ -12,8 +12,10 @@ from sharded_training import DRAWING, F32, FORMATS, LOUD, RULES, differing, draw
 from torch import distributed, nn, optim
 from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
     get_optimizer_state_dict,
     get_state_dict,
+    set_optimizer_state_dict,
     set_state_dict,
 )
 from torch.distributed.tensor import Replicate, Shard, init_device_mesh
@@ -108,11 +110,22 @@ def resume(rank: int, folder: str, names: list[str]) -> list[str]:
     return found
 
 
-@pytest.mark.parametrize("is_async", [False, True], ids=["save", "async_save"])
-@pytest.mark.parametrize(("savers", "loaders"), [(4, (4, 2, 1)), (1, (4,))])
-def test_resharding(tmp_path: Path, savers: int, loaders: tuple[int, ...], is_async: bool) -> None:
-    """In every format training goes on, on another number of ranks, as if never interrupted."""
-    names = list(ALL_FORMATS)[:: 3 if is_async else 1]
+FEW = ["fp32", "split", "8bit"]
+
+
+@pytest.mark.parametrize(
+    ("names", "savers", "loaders", "is_async"),
+    [
+        (list(ALL_FORMATS), 4, (2,), False),
+        (FEW, 4, (4, 1), True),
+        (FEW, 1, (4,), False),
+    ],
+    ids=["save in every format", "async_save", "save from one"],
+)
+def test_resharding(
+    tmp_path: Path, names: list[str], savers: int, loaders: tuple[int, ...], is_async: bool
+) -> None:
+    """Training goes on, on another number of ranks, bit for bit as if never interrupted."""
     on_ranks.run(save, savers, str(tmp_path), names, is_async)
     for ranks in loaders:
         assert on_ranks.run(resume, ranks, str(tmp_path), names) == [[]] * ranks
@@ -271,3 +284,79 @@ def test_between_placements(tmp_path: Path, ways: tuple[Any, ...]) -> None:
 def test_a_checkpoint_of_torchs_optimizer(tmp_path: Path) -> None:
     cases = [("fp32", name) for name in ("fp32", "8bit of float32", "fp32, bfloat16 states")]
     one_way(tmp_path, cases, (4, Shard(0), 2, Shard(0)), is_torch=True)
+
+
+def by_torchs_planner(rank: int, folder: str) -> str:
+    """Codes that were copied into numbers, as torch's planner does."""
+    model = Model(F32, Shard(0))
+    optimizer = make(model, "fp32")
+    wanted = {"optim": get_optimizer_state_dict(model, optimizer)}
+    dcp.load(wanted, checkpoint_id=Path(folder) / "0")
+    try:
+        set_optimizer_state_dict(model, optimizer, optim_state_dict=wanted["optim"])
+    except ValueError as error:
+        return str(error)
+    return "no error"
+
+
+def test_codes_that_were_loaded_as_numbers(tmp_path: Path) -> None:
+    cases = [("8bit of float32", "")]
+    on_ranks.run(save_each, 2, str(tmp_path), cases, Shard(0), False)
+    for message in on_ranks.run(by_torchs_planner, 2, str(tmp_path)):
+        assert message.startswith(
+            "state_dict: parameter 0: found states that are numbers by their dtype and were not "
+            "when they were saved"
+        )
+        assert message.endswith("planner=fused_adamw.checkpoint.LoadPlanner()")
+
+
+# --- Options of torch's state dicts --------------------------------------------------------------
+
+
+# Neither gloo nor NCCL gathers int16, so that 16-bit remainders can only be saved as shards.
+GATHERED = ["fp32", "kahan", "8bit of float32"]
+FULL = {"full_state_dict": True}
+
+
+def with_options(rank: int, save_options: Any, load_options: Any) -> list[str]:
+    """What differs after a way through a state dict with options."""
+    found = []
+    for name in GATHERED:
+        model = Model(ALL_FORMATS[name].dtype, Shard(0))
+        optimizer = make(model, name, ema_decay=0.9)
+        model.train_on(optimizer, range(2))
+        options = StateDictOptions(**save_options)
+        state = get_optimizer_state_dict(model, optimizer, options=options)
+        other = Model(ALL_FORMATS[name].dtype, Shard(0))
+        other.load_state_dict(model.state_dict())
+        resumed = make(other, name, ema_decay=0.9)
+        if load_options.get("broadcast_from_rank0") and rank:
+            state = {}
+        options = StateDictOptions(**load_options)
+        set_optimizer_state_dict(other, resumed, optim_state_dict=state, options=options)
+        for trained, by in ((model, optimizer), (other, resumed)):
+            trained.train_on(by, range(2, 4))
+        for key, param in model.named_parameters():
+            copied = other.get_parameter(key)
+            if differing(param.to_local(), copied.to_local()):
+                found.append(f"{name}: {key}")
+            mine, theirs = optimizer.state[param], resumed.state[copied]
+            found += [f"{name}: keys of {key}"] * (mine.keys() != theirs.keys())
+            for state_key in mine.keys() & theirs.keys():
+                values = (x[state_key] for x in (mine, theirs))
+                if differing(*(getattr(value, "_local_tensor", value) for value in values)):
+                    found.append(f"{name}: {state_key} of {key}")
+    return found
+
+
+@pytest.mark.parametrize(
+    ("save_options", "load_options"),
+    [
+        (FULL, FULL),
+        ({**FULL, "cpu_offload": True}, {**FULL, "broadcast_from_rank0": True}),
+        ({"flatten_optimizer_state_dict": True}, {"flatten_optimizer_state_dict": True}),
+    ],
+    ids=["full", "full on rank 0", "flat"],
+)
+def test_options_of_state_dicts(save_options: dict[str, Any], load_options: dict[str, Any]) -> None:
+    assert on_ranks.run(with_options, 2, save_options, load_options) == [[], []]

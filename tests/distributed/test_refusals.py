@@ -184,11 +184,11 @@ def test_ranks_with_other_param_groups(what: str, named: str) -> None:
 
 
 def unusable_parameters(rank: int) -> list[str]:
-    mesh = init_device_mesh("cpu", (2,))
-    summed = DTensor.from_local(torch.ones(4, 4), mesh, [Partial()], run_check=False)
-    columns = nn.Parameter(spread(torch.ones(4, 4, dtype=BF16), mesh, [Shard(1)]))
-    columns.grad = torch.ones_like(columns)
-    drawing = FusedAdamW([("w", columns)], stochastic_rounding=True)
+    mesh = init_device_mesh("cpu", (2, 2))
+    summed = DTensor.from_local(torch.ones(4, 4), mesh, [Partial(), Shard(0)], run_check=False)
+    cubes = nn.Parameter(spread(torch.ones(4, 4, 4, dtype=BF16), mesh, [Shard(1), Shard(2)]))
+    cubes.grad = torch.ones_like(cubes)
+    drawing = FusedAdamW([("w", cubes)], stochastic_rounding=True)
     return [
         refused(lambda: FusedAdamW([("head", nn.Parameter(summed))])),
         refused(drawing.step),
@@ -196,16 +196,16 @@ def unusable_parameters(rank: int) -> list[str]:
 
 
 def test_placements_that_cannot_be_stepped() -> None:
-    for summed, columns in on_ranks.run(unusable_parameters, 2, seconds=SECONDS):
+    for summed, cubes in on_ranks.run(unusable_parameters, RANKS, seconds=SECONDS):
         assert re.match(
-            r"ValueError: parameter 0 \('head'\): placements: found \(Partial\(sum\),\) on a mesh "
-            r"of shape \(2,\), accepted: Shard and Replicate",
+            r"ValueError: parameter 0 \('head'\): placements: found \(Partial\(sum\), "
+            r"Shard\(dim=0\)\) on a mesh of shape \(2, 2\), accepted: Shard and Replicate",
             summed,
         )
         assert re.match(
-            r"ValueError: rank 0: .*\(Shard\(dim=1\),\) .* beside bf16.*stochastic rounding.*"
-            r"accepted: shards that are a run",
-            columns,
+            r"ValueError: rank 0: .*\(Shard\(dim=1\), Shard\(dim=2\)\) .* beside bf16.*stochastic "
+            r"rounding.* accepted: shards of the first dimension and of one other",
+            cubes,
         )
 
 

@@ -21,6 +21,7 @@ from torch.distributed.tensor import (
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fused_adamw import FusedAdamW, FusedSGD
+from fused_adamw.engines import triton
 
 pytestmark = on_ranks.needs_gloo
 
@@ -66,7 +67,7 @@ def placed() -> list[tuple[DeviceMesh, list[Placement]]]:
 def on_every_placement(rank: int) -> list[str]:
     """Parameters of all placements, and plain ones, in one group."""
     found = []
-    for name, (options, dtype) in FORMATS.items():
+    for name, (options, dtype) in {**FORMATS, **DRAWING}.items():
         meshes: list[Any] = [*placed(), (None, [])]
         # 256 columns so that shards of columns are of whole blocks; and a ragged one.
         for shape in [(24, 256), (7, 9)]:
@@ -87,6 +88,77 @@ def on_every_placement(rank: int) -> list[str]:
 
 def test_every_placement_and_plain_tensors_in_one_launch() -> None:
     assert on_ranks.run(on_every_placement, 4) == [[]] * 4
+
+
+# A shape and the dimension that two ranks share (None: they have copies), and whether blocks of 64
+# fit the shards.
+BLOCKS = [
+    ((64, 64), 0, True),
+    ((65, 64), 0, True),  # 33 and 32 rows
+    ((128, 65), 0, True),  # 65 blocks each, whose bounds are not those of rows
+    ((64, 65), 0, False),  # 32 and a half
+    ((8, 576), 0, True),
+    ((8, 576), 1, False),  # four and a half in a row
+    ((8, 640), 1, True),
+    ((8192,), 0, True),
+    ((4160,), 0, False),
+    ((70, 59), 0, False),  # not divisible
+    ((70, 59), None, False),
+    ((32, 16, 3, 3), 0, True),  # 144 in a row: only 4 rows are whole blocks, 16 are 36
+    ((10, 64, 3, 3), 1, False),
+    ((10, 128, 3, 3), 1, True),
+    ((16, 16, 4, 4), 2, False),  # within a block
+]
+
+
+def blocks_that_fit(rank: int) -> list[str]:
+    """Coded where they do, with the bits of the whole; otherwise with the bits of float states."""
+    mesh = init_device_mesh("cpu", (2,))
+    found = []
+    for shape, dim, fits in BLOCKS:
+        placements = [Replicate() if dim is None else Shard(dim)]
+        pair = Pair(
+            partial(FusedAdamW, **LOUD, precision="8bit"), [shape], F32, [(mesh, placements)]
+        )
+        if not fits:
+            pair.reference = FusedAdamW(pair.whole, **LOUD, precision="fp32")
+        pair.step(0)
+        pair.step(1)
+        state = pair.optimizer.state[pair.params[0]]
+        if ("exp_avg_scale" in state) != fits:
+            found.append(f"{shape} by {dim}: {sorted(state)}")
+        found += [f"{shape} by {dim}: {what}" for what in pair.differences()]
+    return found
+
+
+def test_blocks_of_codes_that_fit_and_do_not_fit_shards() -> None:
+    assert on_ranks.run(blocks_that_fit, 2) == [[], []]
+
+
+def columns_on_other_engines(rank: int, engines: list[str]) -> list[str]:
+    """Shards that are not one run of the whole, where random bits are drawn by place in it."""
+    mesh = init_device_mesh("cpu", (2,))
+    found = []
+    shapes = [(33, 128), (3, 34), (2, 5, 7), (5, 7, 3)]  # the first is coded
+    for engine in engines:
+        for name in ("stochastic", "8bit"):
+            options, dtype = DRAWING[name]
+            pair = Pair(
+                lambda params, o=options, e=engine: FusedAdamW(params, **LOUD, engine=e, **o),
+                shapes,
+                dtype,
+                [(mesh, [Shard(1)])] * len(shapes),
+            )
+            pair.step(0)
+            found += [f"{engine} {name}: {what}" for what in pair.differences()]
+    return found
+
+
+def test_shards_of_columns_on_other_engines() -> None:
+    engines = ["reference"]
+    if triton.unavailable_reason() is None and triton.interpreted():
+        engines.append("triton")
+    assert on_ranks.run(columns_on_other_engines, 2, engines) == [[]] * 2
 
 
 class Seen(TorchDispatchMode):

@@ -1,0 +1,124 @@
+"""examples/train_fsdp.py under torchrun: it trains, resumes, and survives a rank that is killed."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import on_ranks
+import pytest
+
+pytest.importorskip("rich")
+
+ROOT = Path(__file__).parents[2]
+SCRIPT = ROOT / "examples" / "train_fsdp.py"
+SMALL = ["--layers=2", "--width=32", "--heads=2", "--context=32", "--batch-size=4"]
+SECONDS = 150
+
+pytestmark = [on_ranks.needs_gloo, pytest.mark.xdist_group("torchrun")]
+
+
+def started(folder: Path, *options: str, ranks: int = 2, restarts: int = 0) -> Any:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += [f"--nproc-per-node={ranks}", f"--max-restarts={restarts}", str(SCRIPT)]
+    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    return subprocess.Popen(
+        [*command, *SMALL, "--output", str(folder / "found.json"), *options],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def finished(process: Any, folder: Path) -> tuple[dict[str, Any], str]:
+    try:
+        output, _ = process.communicate(timeout=SECONDS)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        pytest.fail(f"not done after {SECONDS} s:\n{process.communicate()[0]}")
+    assert process.returncode == 0, output
+    return json.loads((folder / "found.json").read_text()), output
+
+
+def rank_of(process: Any, rank: int) -> int:
+    """The process that is a rank of a run."""
+    for path in Path("/proc").glob("[0-9]*"):
+        try:
+            environment = (path / "environ").read_bytes().split(b"\0")
+            of_run = os.getsid(int(path.name)) == os.getsid(process.pid)
+            if of_run and b"RANK=%d" % rank in environment:
+                return int(path.name)
+        except (OSError, ValueError):
+            continue
+    raise AssertionError(f"no process is rank {rank}")
+
+
+@pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="needs Linux's /proc")
+def test_a_rank_that_is_killed_leaves_no_trace(tmp_path: Path) -> None:
+    """After kill -9, torchrun restarts it; it ends with the bits of a run that was never hurt."""
+    options = ["--steps=60", "--precision=8bit", "--checkpoint-every=10"]
+    folders = tmp_path / "whole", tmp_path / "hurt"
+    for folder in folders:
+        folder.mkdir()
+    whole, _ = finished(started(folders[0], *options), folders[0])
+
+    hurt = started(folders[1], *options, "--checkpoints=run", "--resume", restarts=1)
+    run = folders[1] / "run"
+    unfinished = run / "step-59.writing"  # as if rank 0 had died while it was written
+    deadline = time.monotonic() + SECONDS
+    while not (run / "step-20").exists():
+        assert hurt.poll() is None, hurt.communicate()[0]
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    unfinished.mkdir()
+    os.kill(rank_of(hurt, 1), signal.SIGKILL)
+    found, output = finished(hurt, folders[1])
+
+    assert 20 <= found["resumed_from"] < 60, output
+    assert found["resumed_from"] % 10 == 0
+    assert f"Resumed from run/step-{found['resumed_from']}" in output
+    assert not list(run.glob("*.writing"))
+    assert (run / "step-60").exists()
+    assert found["sha256"] == whole["sha256"]
+    assert found["validation_loss"] == whole["validation_loss"]
+
+
+def test_goes_on_with_other_ranks_and_another_precision(tmp_path: Path) -> None:
+    options = ["--checkpoints=run", "--resume", "--schedule=warm-restarts"]
+    first, _ = finished(started(tmp_path, "--steps=20", "--precision=master", *options), tmp_path)
+    assert first["resumed_from"] == 0
+    then, output = finished(
+        started(tmp_path, "--steps=40", "--precision=split", *options, ranks=1), tmp_path
+    )
+    assert then["resumed_from"] == 20, output
+    assert then["validation_loss"] < first["validation_loss"]
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--steps=0"], "--steps must be at least 1"),
+        (["--resume"], "--resume needs --checkpoints"),
+        (["--heads=3"], "heads must divide width"),
+        (["--precision=int4"], "int4"),
+    ],
+)
+def test_bad_options(options: list[str], words: str) -> None:
+    process = subprocess.run(
+        [sys.executable, str(SCRIPT), *SMALL, *options],
+        env={**os.environ, "PYTHONPATH": str(ROOT), "LOCAL_RANK": "0"},
+        capture_output=True,
+        text=True,
+        timeout=SECONDS,
+    )
+    assert process.returncode == 2
+    assert words in process.stderr
