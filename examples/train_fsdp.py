@@ -152,11 +152,14 @@ def state_of(model: nn.Module, optimizer: FusedAdamW, step: int) -> dict[str, An
 
 def load(path: Path, model: nn.Module, optimizer: FusedAdamW) -> int:
     """Goes on from a checkpoint, of any number of ranks and any precision; returns its step."""
+    schedules = [group["schedule"] for group in optimizer.param_groups]
     state = state_of(model, optimizer, 0)
     dcp.load(state, checkpoint_id=path, planner=LoadPlanner())
     set_state_dict(
         model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optim"]
     )
+    for group, schedule in zip(optimizer.param_groups, schedules, strict=True):
+        group["schedule"] = schedule  # of this command line, not of the run that saved
     return int(state["step"])
 
 
@@ -229,6 +232,18 @@ def train(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     }
 
 
+def meet(backend: str) -> None:
+    """Makes up the process group.
+
+    Ranks find each other through torchrun's store. That outlives a restart, and has the addresses
+    of processes that have died: what is written anew must have other keys.
+    """
+    store, rank, ranks = next(iter(distributed.rendezvous("env://")))
+    restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    own = distributed.PrefixStore(f"restart-{restarts}", store)
+    distributed.init_process_group(backend, store=own, rank=rank, world_size=ranks)
+
+
 def argument_parser() -> argparse.ArgumentParser:
     """Describe the command line."""
     parser = argparse.ArgumentParser(
@@ -288,7 +303,7 @@ def main() -> None:
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
-    distributed.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    meet("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     try:
         found = train(args, device)
         if distributed.get_rank() == 0:

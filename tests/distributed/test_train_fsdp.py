@@ -8,6 +8,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,31 +21,37 @@ pytest.importorskip("rich")
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "examples" / "train_fsdp.py"
 SMALL = ["--layers=2", "--width=32", "--heads=2", "--context=32", "--batch-size=4"]
-SECONDS = 150
+SECONDS = 60
 
 pytestmark = [on_ranks.needs_gloo, pytest.mark.xdist_group("torchrun")]
 
 
-def started(folder: Path, *options: str, ranks: int = 2, restarts: int = 0) -> Any:
+@contextmanager
+def started(folder: Path, *options: str, ranks: int = 2, restarts: int = 0) -> Iterator[Any]:
+    """torchrun, which has ended, with its ranks, when this has."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command += [f"--nproc-per-node={ranks}", f"--max-restarts={restarts}", str(SCRIPT)]
     path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-    return subprocess.Popen(
+    process = subprocess.Popen(
         [*command, *SMALL, "--output", str(folder / "found.json"), *options],
         cwd=folder,
         env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        start_new_session=True,
     )
+    try:
+        yield process
+    finally:
+        process.terminate()  # it ends its ranks, which have sessions of their own
+        process.wait(10)
 
 
 def finished(process: Any, folder: Path) -> tuple[dict[str, Any], str]:
     try:
         output, _ = process.communicate(timeout=SECONDS)
     except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
+        process.terminate()
         pytest.fail(f"not done after {SECONDS} s:\n{process.communicate()[0]}")
     assert process.returncode == 0, output
     return json.loads((folder / "found.json").read_text()), output
@@ -53,12 +61,12 @@ def rank_of(process: Any, rank: int) -> int:
     """The process that is a rank of a run."""
     for path in Path("/proc").glob("[0-9]*"):
         try:
+            status = (path / "status").read_text().splitlines()
             environment = (path / "environ").read_bytes().split(b"\0")
-            of_run = os.getsid(int(path.name)) == os.getsid(process.pid)
-            if of_run and b"RANK=%d" % rank in environment:
-                return int(path.name)
-        except (OSError, ValueError):
-            continue
+        except OSError:
+            continue  # it has ended
+        if f"PPid:\t{process.pid}" in status and b"RANK=%d" % rank in environment:
+            return int(path.name)
     raise AssertionError(f"no process is rank {rank}")
 
 
@@ -69,19 +77,21 @@ def test_a_rank_that_is_killed_leaves_no_trace(tmp_path: Path) -> None:
     folders = tmp_path / "whole", tmp_path / "hurt"
     for folder in folders:
         folder.mkdir()
-    whole, _ = finished(started(folders[0], *options), folders[0])
+    with started(folders[0], *options) as process:
+        whole, _ = finished(process, folders[0])
 
-    hurt = started(folders[1], *options, "--checkpoints=run", "--resume", restarts=1)
     run = folders[1] / "run"
     unfinished = run / "step-59.writing"  # as if rank 0 had died while it was written
     deadline = time.monotonic() + SECONDS
-    while not (run / "step-20").exists():
-        assert hurt.poll() is None, hurt.communicate()[0]
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-    unfinished.mkdir()
-    os.kill(rank_of(hurt, 1), signal.SIGKILL)
-    found, output = finished(hurt, folders[1])
+    kept = ["--checkpoints=run", "--resume"]
+    with started(folders[1], *options, *kept, restarts=1) as hurt:
+        while not (run / "step-20").exists():
+            assert hurt.poll() is None, hurt.communicate()[0]
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        unfinished.mkdir()
+        os.kill(rank_of(hurt, 1), signal.SIGKILL)
+        found, output = finished(hurt, folders[1])
 
     assert 20 <= found["resumed_from"] < 60, output
     assert found["resumed_from"] % 10 == 0
@@ -94,11 +104,11 @@ def test_a_rank_that_is_killed_leaves_no_trace(tmp_path: Path) -> None:
 
 def test_goes_on_with_other_ranks_and_another_precision(tmp_path: Path) -> None:
     options = ["--checkpoints=run", "--resume", "--schedule=warm-restarts"]
-    first, _ = finished(started(tmp_path, "--steps=20", "--precision=master", *options), tmp_path)
+    with started(tmp_path, "--steps=20", "--precision=master", *options) as process:
+        first, _ = finished(process, tmp_path)
     assert first["resumed_from"] == 0
-    then, output = finished(
-        started(tmp_path, "--steps=40", "--precision=split", *options, ranks=1), tmp_path
-    )
+    with started(tmp_path, "--steps=40", "--precision=split", *options, ranks=1) as process:
+        then, output = finished(process, tmp_path)
     assert then["resumed_from"] == 20, output
     assert then["validation_loss"] < first["validation_loss"]
 
