@@ -1,8 +1,8 @@
 """``python -m fused_adamw plan``: memory and time of a model's optimizer, before it is built.
 
-Parameters, gradients and states are sharded by rows over all GPUs, as `torch.distributed.fsdp` does;
-shown is the GPU with most of them. Activations and what a model gathers are not the optimizer's, and
-are left out. A step takes the bytes that it moves over the bandwidth; docs/scale.md works it out.
+Parameters, gradients and states are sharded by rows over all GPUs, as torch's FSDP2 does; shown is
+the GPU with most of them. Activations and what a model gathers are not the optimizer's, and are
+left out. A step takes the bytes that it moves over the bandwidth; docs/scale.md works it out.
 """
 
 from __future__ import annotations
