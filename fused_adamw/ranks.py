@@ -18,7 +18,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Sequence
 from itertools import zip_longest
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn, TypeAlias
 
 import numpy as np
 import torch
@@ -27,6 +27,7 @@ from torch import Tensor
 
 from fused_adamw.shards import ProcessGroup, shard_groups
 
+_Members: TypeAlias = tuple[int, ...]
 _FLAGS = 2  # after the sums: overflows and failures
 _ERRORS = {error.__name__: error for error in (TypeError, ValueError, RuntimeError)}
 
@@ -53,25 +54,23 @@ class Ranks:
     def __init__(
         self, params: Sequence[Tensor], norm_process_groups: Sequence[ProcessGroup]
     ) -> None:
-        known: dict[frozenset[int], int] = {}
-        groups: dict[int, ProcessGroup] = {}
+        known: dict[frozenset[_Members], int] = {}
+        groups: dict[_Members, ProcessGroup] = {}
         self.classes: list[int] = []
         for param in params:
             every, shards = shard_groups(param)
-            groups.update((id(group), group) for group in every)
-            self.classes.append(known.setdefault(frozenset(map(id, shards)), len(known)))
+            for group in every:
+                key = _members(group)
+                groups[key] = min(groups.get(key, group), group, key=_name_order)
+            self.classes.append(known.setdefault(frozenset(map(_members, shards)), len(known)))
         self.class_count = max(len(known), 1)
-        extra = [group for group in norm_process_groups if id(group) not in groups]
-        for_all = {id(group) for group in norm_process_groups}
+        extra = {_members(group): group for group in norm_process_groups}
         # Of each process group the classes whose squares are summed over it.
         self._classes_of: list[tuple[ProcessGroup, list[int]]] = [
-            (
-                group,
-                [n for ids, n in known.items() if id(group) in ids or id(group) in for_all],
-            )
-            for group in (*groups.values(), *extra)
+            (group, [n for members, n in known.items() if key in members or key in extra])
+            for key, group in {**groups, **extra, **groups}.items()  # in this order
         ]
-        self._own = sorted(groups.values(), key=_order)
+        self._own = [groups[key] for key in sorted(groups)]
         self._agreed = not groups
         self._due = False
         self._on_device = False
@@ -244,8 +243,17 @@ def sum_of_classes(squares: Any) -> Any:
     return total
 
 
-def _order(group: ProcessGroup) -> tuple[list[int], str]:
-    return torch.distributed.get_process_group_ranks(group), group.group_name
+def _members(group: ProcessGroup) -> _Members:
+    """The ranks of a process group, by which it is told from others.
+
+    torch may have several of the same ranks, where a mesh is made twice.
+    """
+    return tuple(torch.distributed.get_process_group_ranks(group))
+
+
+def _name_order(group: ProcessGroup) -> tuple[int, str]:
+    """By age, as torch numbers its groups."""
+    return len(group.group_name), group.group_name
 
 
 def device_for(process_group: ProcessGroup, device: torch.device) -> torch.device:

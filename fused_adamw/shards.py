@@ -6,6 +6,7 @@ torch.distributed.tensor is imported only where somebody else has: without it th
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -116,41 +117,47 @@ def refuse_placements(param: Any) -> None:
 
 
 def split_for_blocks(param: Any, block: int) -> int | None:
-    """The dimension from which on the elements of a DTensor are cut into blocks, if they can be.
+    """The dimension from which on a DTensor is cut into blocks: `block_split`."""
+    if tuple(param.stride()) != row_major(param.shape):
+        return None
+    cuts: dict[int, list[int]] = {}
+    for axis, placement in enumerate(param.placements):
+        dim = getattr(placement, "dim", None)
+        if dim is not None:
+            cuts.setdefault(dim, []).append(param.device_mesh.size(axis))
+    return block_split(param.shape, cuts, block)
+
+
+def block_split(shape: Sequence[int], cuts: Mapping[int, Sequence[int]], block: int) -> int | None:
+    """The dimension from which on the elements of a tensor are cut into blocks; None: they cannot.
 
     With the dimensions from it on as one of blocks, the tensor of something that there is one of
-    for each block has the parameter's own placements: [note: sharded codes] in precision.py.
+    for each block can be sharded as the tensor itself: [note: sharded codes] in precision.py.
 
     Args:
-        param: a DTensor.
-        block: elements in a block, which follow each other in row-major order.
+        shape: of the whole, row-major.
+        cuts: of each dimension that is sharded, the sizes of the dimensions of the mesh that do it.
+        block: elements in a block, which follow each other.
     """
-    shape = param.shape
-    if not param.numel() or tuple(param.stride()) != row_major(shape):
+    if 0 in shape:
         return None
     inner, split = 1, len(shape)
     while split > 0 and (inner % block or split == len(shape)):
         split -= 1
         inner *= shape[split]
-    if inner % block or split == len(shape):
+    if inner % block or split == len(shape) or any(dim > split for dim in cuts):
         return None
-    parts, axes = 1, 0
-    for axis, placement in enumerate(param.placements):
-        dim = getattr(placement, "dim", None)
-        if dim is not None and dim > split:
-            return None
-        if dim == split:
-            parts *= param.device_mesh.size(axis)
-            axes += 1
-    size, row = shape[split], inner // shape[split]
-    chunk = -(-size // parts)  # of one rank
-    if axes > 1 and (size % parts or inner // block % parts):
+    parts, sizes = 1, cuts.get(split, ())
+    for size in sizes:
+        parts *= size
+    if len(sizes) > 1 and (shape[split] % parts or inner // block % parts):
         return None
+    chunk, row = -(-shape[split] // parts), inner // shape[split]  # of one rank
     return split if chunk * row == -(-inner // block // parts) * block else None
 
 
 def block_shape(shape: torch.Size, split: int, block: int) -> torch.Size:
-    """The shape of what there is one of for each block; see `split_for_blocks`."""
+    """The shape of what there is one of for each block; see `block_split`."""
     inner = 1
     for size in shape[split:]:
         inner *= size

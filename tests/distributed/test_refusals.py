@@ -16,7 +16,14 @@ from test_distributed_checkpoints import Model, make
 from torch import Tensor, nn
 from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
-from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, init_device_mesh
+from torch.distributed.tensor import (
+    DeviceMesh,
+    DTensor,
+    Partial,
+    Replicate,
+    Shard,
+    init_device_mesh,
+)
 
 from fused_adamw import FusedAdamW
 from fused_adamw.checkpoint import LoadPlanner
@@ -80,18 +87,22 @@ def wrong_gradient(rank: int, how: str, on: list[int], at: int, options: dict[st
     return message, pair.differences()
 
 
-@pytest.mark.parametrize("how", WRONG)
-def test_a_gradient_with_other_placements(how: str) -> None:
+def every_wrong_gradient(rank: int) -> dict[str, Any]:
+    return {how: wrong_gradient(rank, how, [2], 0, {}) for how in WRONG}
+
+
+def test_a_gradient_with_other_placements() -> None:
     """At a first step, on one rank; the same words on all."""
-    found = on_ranks.run(wrong_gradient, RANKS, how, [2], 0, {}, seconds=SECONDS)
-    (message,) = {message for message, _ in found}
-    assert message.startswith(
-        "ValueError: rank 2: parameter 1 has placements (Replicate(), Shard(dim=0)) on a mesh of "
-        "shape (2, 2)"
-    )
-    assert re.search(WRONG[how][1], message)
-    assert "accepted: a gradient with the parameter's" in message
-    assert not any(differences for _, differences in found)
+    ranks = on_ranks.run(every_wrong_gradient, RANKS, seconds=SECONDS)
+    for how, (_, named) in WRONG.items():
+        (message,) = {rank[how][0] for rank in ranks}
+        assert message.startswith(
+            "ValueError: rank 2: parameter 1 has placements (Replicate(), Shard(dim=0)) on a mesh "
+            "of shape (2, 2)"
+        )
+        assert re.search(named, message)
+        assert "accepted: a gradient with the parameter's" in message
+        assert not any(rank[how][1] for rank in ranks)
 
 
 @pytest.mark.parametrize("options", [{"max_grad_norm": 1.0}, {"skip_nonfinite": True}])
@@ -129,8 +140,7 @@ def test_a_sharded_gradient_of_a_plain_parameter() -> None:
 # --- Param groups --------------------------------------------------------------------------------
 
 
-def differing_groups(rank: int, what: str) -> str:
-    mesh = init_device_mesh("cpu", (2, 2))
+def differing_groups(rank: int, what: str, mesh: DeviceMesh) -> str:
     odd = rank == 3
     placements = [Shard(0), Replicate()]
     shapes = [(4, 4), (8, 6)]
@@ -162,22 +172,27 @@ def differing_groups(rank: int, what: str) -> str:
     return message
 
 
-@pytest.mark.parametrize(
-    ("what", "named"),
-    [
-        ("lr", r"rank 3: found param group 1: .*lr 0\.5.*; on rank 0 param group 1: .*lr 0\.1"),
-        ("groups", r"rank 3: found FusedAdamW with 1 param groups; on rank 0 .* with 2"),
-        ("shape", r"rank 3: found parameter 1 \('second'\).*\(8, 7\).*; on rank 0 .*\(8, 6\)"),
-        ("placements", r"rank 3: found parameter 1 .*Shard\(dim=1\).*on rank 0 .*Replicate\(\)"),
-        ("more", r"rank 3: found parameter 2 \('third'\).*; on rank 0 nothing more"),
-        ("options", r"rank 3: found max_grad_norm 1\.0; on rank 0 max_grad_norm None"),
-    ],
-)
-def test_ranks_with_other_param_groups(what: str, named: str) -> None:
-    found = on_ranks.run(differing_groups, RANKS, what, seconds=SECONDS)
-    assert len(set(found)) == 1
-    assert re.match("ValueError: " + named, found[0]), found[0]
-    assert found[0].endswith("accepted: the same on every rank")
+DIFFERENT = {
+    "lr": r"rank 3: found param group 1: .*lr 0\.5.*; on rank 0 param group 1: .*lr 0\.1",
+    "groups": r"rank 3: found FusedAdamW with 1 param groups; on rank 0 .* with 2",
+    "shape": r"rank 3: found parameter 1 \('second'\).*\(8, 7\).*; on rank 0 .*\(8, 6\)",
+    "placements": r"rank 3: found parameter 1 .*Shard\(dim=1\).*on rank 0 .*Replicate\(\)",
+    "more": r"rank 3: found parameter 2 \('third'\).*; on rank 0 nothing more",
+    "options": r"rank 3: found max_grad_norm 1\.0; on rank 0 max_grad_norm None",
+}
+
+
+def every_difference(rank: int) -> dict[str, str]:
+    mesh = init_device_mesh("cpu", (2, 2))
+    return {what: differing_groups(rank, what, mesh) for what in DIFFERENT}
+
+
+def test_ranks_with_other_param_groups() -> None:
+    ranks = on_ranks.run(every_difference, RANKS, seconds=SECONDS)
+    for what, named in DIFFERENT.items():
+        (message,) = {rank[what] for rank in ranks}
+        assert re.match("ValueError: " + named, message), message
+        assert message.endswith("accepted: the same on every rank")
 
 
 # --- Parameters ----------------------------------------------------------------------------------
