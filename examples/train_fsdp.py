@@ -39,7 +39,6 @@ from train_gpt import param_groups
 
 from fused_adamw import FusedAdamW
 from fused_adamw.checkpoint import LoadPlanner
-from fused_adamw.precision import PRECISIONS
 from fused_adamw.schedules import (
     Constant,
     CosineAnnealing,
@@ -50,6 +49,7 @@ from fused_adamw.schedules import (
     Sequential,
 )
 
+PRECISIONS = ("fp32", "bf16", "master", "split", "kahan", "8bit")
 SCHEDULES = ("constant", "linear", "cosine", "warm-restarts")
 
 

@@ -50,7 +50,9 @@ PRIVATE = {
     "bench/models.py": r"fused_adamw\.decoder_shapes\..*",
     "bench/precision.py": r"fused_adamw\.precision\.LEAST_CODED",
 }
-PUBLIC = rf"fused_adamw(\.(__version__|{'|'.join(fused_adamw.__all__)})(\..*)?)?"
+# A module that takes long to import is imported by name alone.
+MODULES = ("checkpoint",)
+PUBLIC = rf"fused_adamw(\.(__version__|{'|'.join([*fused_adamw.__all__, *MODULES])})(\..*)?)?"
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(CSRC)))
