@@ -5,6 +5,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 CPP_FILES = $(shell find $(wildcard csrc tests bench) -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name '*.h')
 
+# Threads that wait must not keep another process from running.
+IN_PARALLEL := OMP_WAIT_POLICY=passive
+
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
 .PHONY: help demo paper test microbench bench bench-peers kernels gpu-suite lint format clean FORCE
@@ -32,7 +35,7 @@ paper: $(VENV)/built $(VENV)/dev
 	done
 
 test: $(VENV)/built $(VENV)/dev
-	$(BIN)/python -m pytest $(ARGS)
+	$(IN_PARALLEL) $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadgroup $(ARGS)
 
 microbench: $(VENV)/built $(VENV)/dev
 	$(BIN)/python -m pytest bench --benchmark-only $(ARGS)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from bench.clip_norm import NORM
 from bench.models import MODELS, Shape, elements
+from bench.precision import PRECISION
 from bench.tasks import GROUPS, STEP, TELEMETRY, Task
 from bench.whole_step import WHOLE, WHOLE_UNSCALE
 
@@ -43,7 +44,7 @@ class Aim:
 
 @dataclass(frozen=True)
 class Case:
-    """A list of tensors, with gradients and states of the parameters' dtype.
+    """A list of tensors, with gradients and states of their dtype where the task has no others.
 
     Attributes:
         name: what the command line calls it.
@@ -171,13 +172,14 @@ def _of_task(task: Task, sizes: Iterable[str], dtypes: Iterable[str] = DTYPES) -
     return cases
 
 
-# What a training loop does around an update, and what options of ours cost.
+# What a training loop does around an update, what options of ours cost, and the formats.
 TASK_CASES = (
     *_of_task(WHOLE, _SIZES),
     *_of_task(WHOLE_UNSCALE, _SIZES),
     *_of_task(NORM, ("64M", "1000x1024"), ["float32"]),
     *_of_task(TELEMETRY, ("64M", "1000x1024")),
     *_of_task(GROUPS, ["1000x1024"], ["float32"]),
+    *_of_task(PRECISION, _SIZES, ["float32"]),
 )
 TASKS = {case.task.name: case.task for case in TASK_CASES}
 

@@ -97,6 +97,7 @@ def start_checked(
     *,
     before: Call | None = None,
     slack: float = 0.0,
+    tolerance: float | None = None,
 ) -> tuple[Started, Check]:
     """Starts a contender and compares its first steps with the reference's.
 
@@ -109,6 +110,7 @@ def start_checked(
         start_reference: starts the reference on a sample of them.
         before: makes the gradients anew before each step.
         slack: what the contender may be off by beyond its rounding.
+        tolerance: what it may be off by in all, ours too; None: as `Check` and `TOLERANCE` say.
     """
     if before is not None:
         before()
@@ -133,5 +135,6 @@ def start_checked(
         ((found.double() - wanted).abs() / wanted.double().abs().clamp(min=1.0)).max()
         for found, wanted in pairs
     ]
-    tolerance = 0.0 if contender.ours else TOLERANCE[params[0].dtype] + slack
+    if tolerance is None:
+        tolerance = 0.0 if contender.ours else TOLERANCE[params[0].dtype] + slack
     return started, Check(torch.stack(errors).max().item(), tolerance)

@@ -174,11 +174,13 @@ class Bench:
     def lineup(self, rule: Rule, case: Case, on_status: Callable[[str], object]) -> Lineup:
         """Who takes part in a case; third-party peers are tried in another process before."""
         peers = [peer for peer in self.peers if peer.has(rule)]
-        contenders = case.task.contenders(rule, case.dtype, self.engines, peers)
-        taking_part = {contender.name for contender in contenders}
+        everyone = case.task.contenders(rule, case.dtype, self.engines, peers)
+        contenders = [one for one in everyone if self.device.type in one.devices]
+        dtypes = {contender.name: contender.dtype or case.dtype for contender in contenders}
         crashed = {}
         for peer in peers:
-            how = self._crash(peer, rule, case, on_status) if peer.name in taking_part else None
+            dtype = dtypes.get(peer.name)
+            how = self._crash(peer, rule, dtype, on_status) if dtype is not None else None
             if how is not None:
                 crashed[peer.name] = how
         of_step = self.device.type == CUDA and case.task is STEP
@@ -186,15 +188,15 @@ class Bench:
         return Lineup(contenders, graphs, crashed)
 
     def _crash(
-        self, peer: Peer, rule: Rule, case: Case, on_status: Callable[[str], object]
+        self, peer: Peer, rule: Rule, dtype: torch.dtype, on_status: Callable[[str], object]
     ) -> str | None:
         if not peer.third_party:
             return None
-        dtype = str(case.dtype).removeprefix("torch.")
-        key = peer.name, rule.name, dtype
+        name = str(dtype).removeprefix("torch.")
+        key = peer.name, rule.name, name
         if key not in self._crashes:
             on_status(f"trying {peer.name} in a process of its own")
-            self._crashes[key] = crash(peer.name, rule.name, self.device, dtype)
+            self._crashes[key] = crash(peer.name, rule.name, self.device, name)
         return self._crashes[key]
 
     def run(self, screen: Screen, save: Callable[[bool], None]) -> None:

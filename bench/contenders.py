@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -45,9 +45,16 @@ class Contender:
         ours: whether it is one of our engines, whose result has to be exact.
         most_tensors: the longest list it is measured on, if there is a bound.
         why_most: the reason for the bound.
+        least_elements: the smallest tensor it is measured on.
+        why_least: the reason for that.
+        devices: the types of device it works on.
+        dtype: of the parameters it is measured on, if not the case's.
         state_itemsize: bytes of an element of its states, if not those of the parameter.
         moved_besides, kept_besides: bytes that it moves and keeps for each parameter beyond the
             parameter, the gradient and the states that its optimizer has.
+        like: starts our reference in the format that its parameters and states are in, where the
+            task has several.
+        against: the contenders that its time is given relative to, by what tables call them.
     """
 
     name: str
@@ -55,9 +62,15 @@ class Contender:
     ours: bool = False
     most_tensors: int | None = None
     why_most: str = ""
+    least_elements: int = 0
+    why_least: str = ""
+    devices: tuple[str, ...] = tuple(ENGINES)
+    dtype: torch.dtype | None = None
     state_itemsize: int | None = None
     moved_besides: int = 0
     kept_besides: int = 0
+    like: Callable[[list[Tensor]], Started] | None = None
+    against: Mapping[str, str] = field(default_factory=dict)
 
 
 def start_ours(rule: Rule, engine: str, params: list[Tensor], **options: Any) -> Started:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -70,7 +70,7 @@ class HostTimes:
         key = case.task.name, contender.name, rule.name, case.tensors, case.dtype
         if key not in self._known:
             cpu = torch.device("cpu")
-            ones = Case(case.name, ((1,),) * case.tensors, case.dtype)
+            ones = Case(case.name, ((1,),) * case.tensors, contender.dtype or case.dtype)
             params = make_params(ones, cpu)
             step, before = contender.start(params).step, case.task.before(params)
             for _ in range(3):
@@ -149,12 +149,18 @@ class Measurement:
         rule, case, device = result.rule, result.case, result.device
         self.on_status("drawing numbers")
         number = copies(case, rule, device)
-        lists = [make_params(case, device, seed) for seed in range(number)]
-        sample = Sample(lists[0])
-        found = _Calls(case.task.before(lists[0]))
+        lists_of = {
+            dtype: [make_params(replace(case, dtype=dtype), device, seed) for seed in range(number)]
+            for dtype in dict.fromkeys(one.dtype or case.dtype for one in lineup.contenders)
+        }
+        samples = {dtype: Sample(lists[0]) for dtype, lists in lists_of.items()}
+        before = case.task.before(next(iter(lists_of.values()))[0])
+        found = _Calls(before)
         for contender in lineup.contenders:
+            lists = lists_of[contender.dtype or case.dtype]
+            sample = samples[contender.dtype or case.dtype]
             self.on_status(f"starting {contender.name}")
-            row = Row(contender.name, contender.ours)
+            row = Row(contender.name, contender.ours, against=contender.against)
             result.rows.append(row)
             if contender.name in lineup.crashed:
                 row.give_up(FAILED, lineup.crashed[contender.name])
@@ -174,8 +180,9 @@ class Measurement:
             row = Row(contender.name, contender.ours)
             result.rows.append(row)
             try:
-                started, replay = _captured(contender, lists[0])
-                row.bytes_per_param = bytes_per_param(started, rule, lists[0])
+                params = lists_of[contender.dtype or case.dtype][0]
+                started, replay = _captured(contender, params)
+                row.bytes_per_param = bytes_per_param(started, rule, params)
                 self._warm_up(row, replay, device, found.before)
             except Exception as error:
                 row.give_up(LEFT_OUT, error)
@@ -198,6 +205,11 @@ class Measurement:
         if contender.most_tensors is not None and len(lists[0]) > contender.most_tensors:
             row.give_up(
                 LEFT_OUT, f"{contender.why_most}; tried for at most {contender.most_tensors}"
+            )
+            return None
+        if min(param.numel() for param in lists[0]) < contender.least_elements:
+            row.give_up(
+                LEFT_OUT, f"{contender.why_least}; tried from {contender.least_elements:,} elements"
             )
             return None
         started, row.check = task.start_checked(contender, rule, lists[0], sample, before)

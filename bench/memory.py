@@ -62,10 +62,13 @@ def fitted(
     item = case.dtype.itemsize
     lists = copies(case, rule, device)
     states = sum(
-        rule.states * (contender.state_itemsize or item) + contender.kept_besides
+        rule.states * (contender.state_itemsize or (contender.dtype or case.dtype).itemsize)
+        + contender.kept_besides
         for contender in contenders
     )
-    each = lists * ((1 + case.task.grad_arrays) * item + states) + TEMPORARIES * item
+    dtypes = {contender.dtype or case.dtype for contender in contenders}
+    arrays = (1 + case.task.grad_arrays) * sum(dtype.itemsize for dtype in dtypes)
+    each = lists * (arrays + states) + TEMPORARIES * item
     streams = (1 if case.task.only_reads else MEMORY) * lists * stream_bytes(case, rule, device)
     needed, room = case.elements * each + streams, SHARE_OF_FREE * free
     if needed <= room:

@@ -11,7 +11,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 
-Shape = tuple[int, ...]
+from fused_adamw.decoder_shapes import MODELS as DECODERS
+from fused_adamw.decoder_shapes import Shape, shapes_of
 
 
 @dataclass(frozen=True)
@@ -32,33 +33,6 @@ class Model:
 def _linear(inputs: int, outputs: int) -> list[Shape]:
     """Weight and bias."""
     return [(outputs, inputs), (outputs,)]
-
-
-def gpt2(*, layers: int, width: int, vocabulary: int, context: int) -> list[Shape]:
-    """GPT-2: learned positions, layer norms with biases, output tied to the embedding."""
-    norm: list[Shape] = [(width,), (width,)]
-    shapes: list[Shape] = [(vocabulary, width), (context, width)]
-    for _ in range(layers):
-        shapes += norm
-        shapes += [(width, 3 * width), (3 * width,)]  # GPT-2 stores them inputs x outputs
-        shapes += [(width, width), (width,)]
-        shapes += norm
-        shapes += [(width, 4 * width), (4 * width,), (4 * width, width), (width,)]
-    return shapes + norm
-
-
-def llama(
-    *, layers: int, width: int, hidden: int, key_value_width: int, vocabulary: int, tied: bool
-) -> list[Shape]:
-    """Llama 3: grouped-query attention, gated MLP, RMS norms, no biases."""
-    shapes: list[Shape] = [(vocabulary, width)]
-    for _ in range(layers):
-        shapes += [(width, width), (key_value_width, width), (key_value_width, width)]
-        shapes += [(width, width)]
-        shapes += [(hidden, width), (hidden, width), (width, hidden)]
-        shapes += [(width,), (width,)]
-    shapes.append((width,))
-    return shapes if tied else [*shapes, (vocabulary, width)]
 
 
 def resnet(*, blocks: tuple[int, ...], classes: int) -> list[Shape]:
@@ -136,31 +110,17 @@ def qwen3_30b_a3b(narrower: int = 1) -> Iterator[Shape]:
 
 MODELS = {
     "gpt2": Model(
-        lambda: gpt2(layers=12, width=768, vocabulary=50257, context=1024),
+        lambda: shapes_of(DECODERS["gpt2"]),
         "openai-community/gpt2, config.json: n_layer 12, n_embd 768, vocab_size 50257, "
         "n_positions 1024",
     ),
     "llama-3.2-1b": Model(
-        lambda: llama(
-            layers=16,
-            width=2048,
-            hidden=8192,
-            key_value_width=8 * 64,
-            vocabulary=128256,
-            tied=True,
-        ),
+        lambda: shapes_of(DECODERS["llama-3.2-1b"]),
         "meta-llama/Llama-3.2-1B, config.json: num_hidden_layers 16, hidden_size 2048, "
         "intermediate_size 8192, num_key_value_heads 8, head_dim 64, tie_word_embeddings true",
     ),
     "llama-3-8b": Model(
-        lambda: llama(
-            layers=32,
-            width=4096,
-            hidden=14336,
-            key_value_width=8 * 128,
-            vocabulary=128256,
-            tied=False,
-        ),
+        lambda: shapes_of(DECODERS["llama-3-8b"]),
         "meta-llama/Meta-Llama-3-8B, config.json: num_hidden_layers 32, hidden_size 4096, "
         "intermediate_size 14336, num_key_value_heads 8, tie_word_embeddings false",
         large=True,

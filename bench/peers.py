@@ -2,7 +2,8 @@
 
 Every peer is asked for the same computation, with the states in the parameters' dtype where it has
 the choice; what it does beyond that by default (Kahan summation, stochastic rounding, 8-bit states)
-is turned off. What it computes is checked all the same, see `check`.
+is turned off, but for entries of their own that are like a format of ours. What it computes is
+checked all the same, see `check`.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.contenders import Contender, Started
+from bench.contenders import ENGINES, Contender, Started
 from bench.rules import Rule
 
 
@@ -33,17 +34,21 @@ class Peer:
         package: the distribution that it is in.
         start: starts it over parameters that have gradients.
         kind: for torch's, which of its forms; see `Rule.torch_kinds`.
+        format: the format of ours that it is like, one of `precision.FORMATS`; empty for the plain
+            ones.
         compiles: whether it compiles for every list or shape, which takes seconds each time.
-        most_tensors, why_most, state_itemsize: see `Contender`.
+        most_tensors, why_most, devices, state_itemsize: see `Contender`.
     """
 
     name: str
     package: str
     start: Callable[[Rule, list[Tensor]], Started]
     kind: str = ""
+    format: str = ""
     compiles: bool = False
     most_tensors: int | None = None
     why_most: str = ""
+    devices: tuple[str, ...] = tuple(ENGINES)
     state_itemsize: int | None = None
 
     @property
@@ -69,6 +74,7 @@ class Peer:
             partial(self.start, rule),
             most_tensors=self.most_tensors,
             why_most=self.why_most,
+            devices=self.devices,
             state_itemsize=self.state_itemsize,
         )
 
@@ -119,18 +125,26 @@ def _flashoptim(rule: Rule, params: list[Tensor]) -> Started:
     )
 
 
-def _bitsandbytes(rule: Rule, params: list[Tensor]) -> Started:
-    """huggingface.co/docs/bitsandbytes: the optimizers with 32-bit states, always float32."""
+def _flashoptim_8bit(rule: Rule, params: list[Tensor]) -> Started:
+    """Its defaults, which need a GPU: 8-bit states, 8 bits beside a bfloat16 parameter, fused."""
+    import flashoptim
+
+    return _plain(getattr(flashoptim, rule.peers["flashoptim-8bit"])(params, **rule.options))
+
+
+def _bitsandbytes(name: str, rule: Rule, params: list[Tensor]) -> Started:
+    """huggingface.co/docs/bitsandbytes: with 32-bit states, always float32, or with 8-bit ones."""
     import bitsandbytes
 
-    return _plain(getattr(bitsandbytes.optim, rule.peers["bitsandbytes"])(params, **rule.options))
+    return _plain(getattr(bitsandbytes.optim, rule.peers[name])(params, **rule.options))
 
 
-def _torchao(rule: Rule, params: list[Tensor]) -> Started:
-    """torchao/optim/README.md: states of the parameters' dtype, compiled for each shape."""
+def _torchao(name: str, rule: Rule, params: list[Tensor], **options: Any) -> Started:
+    """torchao/optim/README.md: states of the parameters' dtype or 8 bits, compiled for a shape."""
     import torchao.optim
 
-    return _plain(getattr(torchao.optim, rule.peers["torchao"])(params, **rule.options))
+    make = getattr(torchao.optim, rule.peers[name])
+    return _plain(make(params, **rule.options, **options))
 
 
 def _deepspeed(rule: Rule, params: list[Tensor]) -> Started:
@@ -171,8 +185,34 @@ PEERS = {
         ),
         Peer("optimi", "torch-optimi", _optimi),
         Peer("flashoptim", "flashoptim", _flashoptim),
-        Peer("bitsandbytes", "bitsandbytes", _bitsandbytes, state_itemsize=4),
-        Peer("torchao", "torchao", _torchao, compiles=True),
+        Peer("flashoptim-8bit", "flashoptim", _flashoptim_8bit, format="8bit", devices=("cuda",)),
+        Peer(
+            "bitsandbytes",
+            "bitsandbytes",
+            partial(_bitsandbytes, "bitsandbytes"),
+            state_itemsize=4,
+        ),
+        Peer(
+            "bitsandbytes-8bit",
+            "bitsandbytes",
+            partial(_bitsandbytes, "bitsandbytes-8bit"),
+            format="8bit float32",
+        ),
+        Peer("torchao", "torchao", partial(_torchao, "torchao"), compiles=True),
+        Peer(  # in blocks of 256, its default, 1M elements are not a multiple and stay uncoded
+            "torchao-8bit",
+            "torchao",
+            partial(_torchao, "torchao-8bit", block_size=64),
+            format="8bit float32",
+            compiles=True,
+        ),
+        Peer(
+            "torchao-stochastic",
+            "torchao",
+            partial(_torchao, "torchao-stochastic", bf16_stochastic_round=True),
+            format="bf16 stochastic",
+            compiles=True,
+        ),
         Peer("deepspeed", "deepspeed", _deepspeed),
     )
 }

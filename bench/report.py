@@ -39,6 +39,7 @@ def _row(row: Row, result: Result) -> dict[str, Any]:
         "of_limit": result.of_limit(row),
         "ours_times_as_fast": result.ratio(row),
         "overhead": result.overhead(row),
+        "times_as_long_as": result.relative(row),
         "samples": asdict(row.series) if row.series else None,
     }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -36,6 +37,7 @@ class Row:
         extra_bytes: that a step allocates for itself.
         host_seconds: on a CPU, of a step over as many tensors of one element.
         series: its samples.
+        against: the rows that its time is given relative to, by what tables call them.
     """
 
     name: str
@@ -48,6 +50,7 @@ class Row:
     extra_bytes: int | None = None
     host_seconds: float | None = None
     series: Series | None = None
+    against: Mapping[str, str] = field(default_factory=dict)
 
     def give_up(self, status: str, reason: object) -> None:
         """Notes why it is not timed."""
@@ -109,6 +112,16 @@ class Result:
             return None
         times_as_slow = self.ratio(row)
         return None if times_as_slow is None else times_as_slow - 1
+
+    def relative(self, row: Row) -> dict[str, float]:
+        """How many times as long a contender takes as those it is held against, as timed."""
+        rows = {other.name: other for other in self.rows if other.timed}
+        found = {}
+        for label, name in row.against.items():
+            other = rows.get(name)
+            if row.timed and row.series and other is not None and other.series:
+                found[label] = timing.ratio(row.series.wall, other.series.wall)
+        return found
 
     def host(self, row: Row) -> float | None:
         """Seconds of host time a step, where known."""

@@ -6,7 +6,7 @@ An entry says how every library spells the rule, so that to add one is to add on
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -45,6 +45,13 @@ class Rule:
         """
         return (3 + 2 * self.states) * dtype.itemsize
 
+    def sensitive(self) -> Rule:
+        """Itself with a large eps, without which many an update is blind to the gradients' scale.
+
+        It is also without the leap that an update makes where a small denominator is rounded.
+        """
+        return replace(self, options={**self.options, "eps": 1.0}) if self.has_eps else self
+
 
 RULES = {
     rule.name: rule
@@ -58,8 +65,12 @@ RULES = {
             peers={
                 "optimi": "AdamW",
                 "flashoptim": "FlashAdamW",
+                "flashoptim-8bit": "FlashAdamW",
                 "bitsandbytes": "AdamW32bit",
+                "bitsandbytes-8bit": "AdamW8bit",
                 "torchao": "_AdamW",
+                "torchao-8bit": "AdamW8bit",
+                "torchao-stochastic": "_AdamW",
                 "deepspeed": "Adam",
             },
         ),

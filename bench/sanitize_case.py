@@ -12,8 +12,9 @@ from __future__ import annotations
 import argparse
 import itertools
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -51,15 +52,63 @@ OPTIMIZERS: tuple[Callable[..., torch.optim.Optimizer], ...] = (
     FusedAdamax,
     FusedLion,
 )
-# CUDA has kernels of their own for these; another one takes all mixed formats, which go round.
+# CUDA has kernels of their own for these; another one takes all mixed formats, which go round, as
+# do those with something beside the parameter and those with codes.
 UNIFORM = tuple((dtype,) * 3 for dtype in ("float32", "bfloat16"))
 MIXED = tuple(dtypes for dtypes in FORMATS if dtypes not in UNIFORM)
-# An optimizer, and dtypes of param, grad and states: every functor with every storage once.
-CASES = tuple(
-    (optimizer, dtypes)
-    for i, optimizer in enumerate(OPTIMIZERS)
-    for dtypes in (*UNIFORM, MIXED[i % len(MIXED)])
+
+
+class Case(NamedTuple):
+    """A step: of which optimizer, on which dtypes of param, grad and states, and how."""
+
+    optimizer: Callable[..., torch.optim.Optimizer]
+    dtypes: tuple[str, str, str | None]
+    options: dict[str, Any]
+
+
+_BF16, _F16, _F32 = "bfloat16", "float16", "float32"
+_STOCHASTIC = {"precision": "bf16", "stochastic_rounding": True}
+JOINED: tuple[tuple[tuple[str, str, str], dict[str, Any]], ...] = (
+    ((_BF16, _BF16, _BF16), _STOCHASTIC),
+    ((_BF16, _F32, _F32), {"precision": "master"}),
+    ((_BF16, _BF16, _F32), {"precision": "split"}),
+    ((_BF16, _BF16, _BF16), {"precision": "kahan"}),
+    ((_BF16, _F32, _F32), _STOCHASTIC),
+    ((_F16, _F16, _F32), {"precision": "master"}),
+    ((_BF16, _F32, _BF16), {"precision": "split"}),
 )
+CODED: tuple[tuple[tuple[str, str, None], dict[str, Any]], ...] = (
+    ((_BF16, _BF16, None), {"precision": "8bit"}),
+    ((_BF16, _F32, None), {"precision": "8bit", "remainder_bits": 16}),
+    ((_F32, _BF16, None), {"precision": "8bit"}),
+)
+WHOLE = {"max_grad_norm": 1.0, "skip_nonfinite": True, "ema_decay": 0.9, "zero_grads": True}
+
+
+def _cases() -> Iterator[Case]:
+    """Every functor with every storage, by itself and as a whole step."""
+    for i, optimizer in enumerate(OPTIMIZERS):
+        mixed = MIXED[i % len(MIXED)]
+        for dtypes in (*UNIFORM, mixed):
+            yield Case(optimizer, dtypes, {})
+        for dtypes in (UNIFORM[0], mixed):
+            yield Case(optimizer, dtypes, WHOLE)
+        joined, options = JOINED[i % len(JOINED)]
+        yield Case(optimizer, joined, options)
+        for dtypes, options in (JOINED[(i + 1) % len(JOINED)], CODED[i % len(CODED)]):
+            yield Case(optimizer, dtypes, {**options, **WHOLE})
+
+
+CASES = tuple(_cases())
+
+
+def cases_of(engine: str) -> tuple[Case, ...]:
+    """All; of Triton, which compiles each for seconds, beside plain steps only AdamW's."""
+    if engine != "triton":
+        return CASES
+    return tuple(case for case in CASES if not case.options or case.optimizer is OPTIMIZERS[0])
+
+
 # (elements, elements off an alignment of 16 bytes): empty, less than an access, more than a chunk
 # with a ragged end, unaligned.
 TENSORS = ((0, 0), (1, 0), (7, 0), (4096, 0), (16384 + 2048 + 5, 0), (300, 1), (16384 + 3, 2))
@@ -71,22 +120,23 @@ def make(numel: int, dtype: str, offset: int, device: torch.device) -> Tensor:
     return values.to(getattr(torch, dtype)).to(device, copy=True)[offset:]
 
 
-def run(
-    engine: str, optimizer: Callable[..., torch.optim.Optimizer], dtypes: tuple[str, str, str]
-) -> None:
-    """One step over all of TENSORS."""
+def run(engine: str, case: Case) -> None:
+    """One step over all of TENSORS, observed where the engine does that."""
     device = torch.device("cpu" if engine == "cpu" else "cuda")
-    param_dtype, grad_dtype, state_dtype = dtypes
+    param_dtype, grad_dtype, state_dtype = case.dtypes
     params = []
     for numel, offset in TENSORS:
         param = make(numel, param_dtype, offset, device).requires_grad_()
         param.grad_dtype = getattr(torch, grad_dtype)
         param.grad = make(numel, grad_dtype, offset, device)
         params.append(param)
+    options = {"lr": 0.1, "weight_decay": 0.1, "engine": engine, **case.options}
+    if state_dtype is not None:
+        options["state_dtype"] = getattr(torch, state_dtype)
+    if case.options.keys() >= WHOLE.keys():
+        options["telemetry"] = engine != "triton"
     # States are allocations of their own, which end where they end.
-    optimizer(
-        params, lr=0.1, weight_decay=0.1, engine=engine, state_dtype=getattr(torch, state_dtype)
-    ).step()
+    case.optimizer(params, **options).step()
 
 
 def main() -> int:
@@ -102,11 +152,12 @@ def main() -> int:
         print("no engine works on a GPU here", file=sys.stderr)
         return 1
     for engine in engines:
-        for optimizer, dtypes in CASES:
-            run(engine, optimizer, dtypes)
+        cases = cases_of(engine)
+        for case in cases:
+            run(engine, case)
         if torch.cuda.is_available():
             torch.cuda.synchronize()
-        print(f"{engine}: {len(CASES)} kernels over {len(TENSORS)} tensors each", flush=True)
+        print(f"{engine}: {len(cases)} cases over {len(TENSORS)} tensors each", flush=True)
     return 0
 
 

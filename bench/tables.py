@@ -51,7 +51,9 @@ def _row(result: Result, row: Row) -> list[str]:
         missed = (result.ratio(row) or 0.0) < wanted
         cells["ratio"] = _judged(cells["ratio"], f"{wanted:g}x", missed)
     overhead = result.overhead(row)
-    return [name, *cells.values(), "" if overhead is None else f"overhead {overhead:+.1%}"]
+    notes = [] if overhead is None else [f"overhead {overhead:+.1%}"]
+    notes += [f"takes {times:.2f}x {label}" for label, times in result.relative(row).items()]
+    return [name, *cells.values(), "; ".join(notes)]
 
 
 def cases_table(results: Sequence[Result]) -> Table:

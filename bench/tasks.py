@@ -1,6 +1,7 @@
 """What is timed of an optimizer: its step, or its step with one thing changed.
 
-The whole step is in `whole_step`, the norm of the gradients in `clip_norm`.
+The whole step is in `whole_step`, the norm of the gradients in `clip_norm`, the formats in
+`precision`.
 """
 
 from __future__ import annotations
@@ -43,8 +44,16 @@ class Task:
     def contenders(
         self, rule: Rule, dtype: torch.dtype, engines: list[str], peers: Sequence[Peer]
     ) -> list[Contender]:
-        """Who takes part, our first engine first; of the peers those that have the rule."""
-        return [*ours(rule, engines), *(peer.contender(rule) for peer in peers)]
+        """Who takes part, our first engine first.
+
+        Args:
+            rule: of the update.
+            dtype: of the case's parameters.
+            engines: of ours.
+            peers: that have the rule, in every format.
+        """
+        plain = [peer.contender(rule) for peer in peers if not peer.format]
+        return [*ours(rule, engines), *plain]
 
     def before(self, params: Sequence[Tensor]) -> Call | None:
         """What is done, untimed, before each step; None where steps follow each other."""

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -56,7 +55,7 @@ class WholeStep(Task):
     def contenders(
         self, rule: Rule, dtype: torch.dtype, engines: list[str], peers: Sequence[Peer]
     ) -> list[Contender]:
-        rule = _sensitive(rule)
+        rule = rule.sensitive()
         found = [
             Contender(
                 f"ours {engine}",
@@ -101,7 +100,7 @@ class WholeStep(Task):
         before()
         unscaled = norm(params) / self._scale
         coefficient = min(1.0, self._max_grad_norm(params) / (unscaled + 1e-6))
-        rule = _sensitive(rule)
+        rule = rule.sensitive()
 
         def start_reference(expected: list[Tensor]) -> Started:
             return _with_averages(
@@ -228,11 +227,6 @@ def _averaging(params: Sequence[Tensor]) -> tuple[Call, list[Tensor]]:
             begun = True
 
     return call, averages
-
-
-def _sensitive(rule: Rule) -> Rule:
-    """Itself with a large eps, without which many an update is blind to the gradients' scale."""
-    return replace(rule, options={**rule.options, "eps": 1.0}) if rule.has_eps else rule
 
 
 def _grads(params: Sequence[Tensor]) -> list[Tensor]:

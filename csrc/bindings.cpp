@@ -149,6 +149,12 @@ py::array_t<std::int64_t> scales(const Bucket& bucket) {
   return values;
 }
 
+// For tests: what only shards have.
+void set_offsets(Bucket& bucket, const std::vector<std::int64_t>& offsets) {
+  if (offsets.size() != bucket.tensors.size()) throw py::value_error("offsets: one a tensor");
+  for (std::size_t i = 0; i < offsets.size(); ++i) bucket.tensors[i].offset = offsets[i];
+}
+
 py::tuple state_kinds(const Bucket& bucket) {
   py::list kinds;
   for (const StateKind kind : functor_info(bucket.functor).kinds) {
@@ -352,9 +358,10 @@ PYBIND11_MODULE(_C, m) {
       .def_property_readonly(
           "keys",
           [](const Bucket& b) { return column<std::uint64_t>(b, [](auto& t) { return t.key; }); })
-      .def_property_readonly(
+      .def_property(
           "offsets",
-          [](const Bucket& b) { return column<std::int64_t>(b, [](auto& t) { return t.offset; }); })
+          [](const Bucket& b) { return column<std::int64_t>(b, [](auto& t) { return t.offset; }); },
+          &set_offsets)
       .def_property_readonly("runs",
                              [](const Bucket& b) {
                                return py::make_tuple(

@@ -6,7 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from fused_adamw import info, plot_schedule, verify
+from fused_adamw import info, plan, plot_schedule, verify
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -20,11 +20,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     verifier.add_argument("--seed", type=int, default=0, help="seed of the random problems")
     scheduler = commands.add_parser("schedule", help="a schedule of the multiplier eta, in figures")
     plot_schedule.add_arguments(scheduler)
+    planner = commands.add_parser("plan", help="bytes on each GPU and time of a step, by format")
+    plan.add_arguments(planner)
     parsed = parser.parse_args(arguments)
     if parsed.command == "info":
         return info.main()
     if parsed.command == "schedule":
         return plot_schedule.main(parsed)
+    if parsed.command == "plan":
+        return plan.main(parsed)
     return verify.main(parsed.seed)
 
 

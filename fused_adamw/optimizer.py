@@ -574,8 +574,7 @@ class FusedOptimizer(Optimizer):
             if (
                 registered is not None
                 and registered.device_step is None
-                and registered.ranks is ranks
-                and registered.averages is (options.ema_decay is not None)
+                and self._is_current(registered, options)
                 and registered.native.matches(self._param_lists(), self._state)
             ):
                 outcome = registered.step(
@@ -633,8 +632,7 @@ class FusedOptimizer(Optimizer):
         if (
             registered is not None
             and registered.device_step is not None
-            and registered.ranks is self._ranks
-            and registered.averages is (options.ema_decay is not None)
+            and self._is_current(registered, options)
             and registered.native.matches(self._param_lists(), self._state)
         ):
             outcome = registered.step(
@@ -923,7 +921,10 @@ class FusedOptimizer(Optimizer):
             )
         self._warn_of_unscaled_float16()
         begins = self._averages_begin()
-        registered, outcome = self._step_anew(self._places(), current, options, begins, inputs)
+        taken = self._steps_taken() if inputs is None else [0] * len(current)
+        registered, outcome = self._step_anew(
+            self._places(), current, taken, options, begins, inputs
+        )
         self._give_up_registered()
         if registered is not None:
             registered.native.remember(self._param_lists(), self._state)
@@ -952,31 +953,38 @@ class FusedOptimizer(Optimizer):
             for param, state in self._state.items()
         )
 
-    def _step_alone(self, place: Place, hyperparameters: _C.Hyperparameters, begins: bool) -> None:
+    def _step_alone(
+        self, place: Place, hyperparameters: _C.Hyperparameters, steps: int, begins: bool
+    ) -> None:
         """Steps one parameter, which has a gradient, over a list of its own; likewise kept.
 
-        What `begins` is of the first one in a backward pass holds for them all.
+        Args:
+            place: of the parameter.
+            hyperparameters: of its group.
+            steps: that the group has taken before this backward pass.
+            begins: as it is of the first one in a backward pass, for them all.
         """
         param = self.param_groups[place[0]]["params"][place[1]]
         current = [hyperparameters] * (place[0] + 1)
+        taken = [steps] * len(current)
         options = self._step_options()
         registered = self._registered_alone.get(param)
         if (
             registered is not None
-            and registered.averages is (options.ema_decay is not None)
+            and self._is_current(registered, options)
             and registered.native.matches([], {param: self._state.get(param, {})})
         ):
             outcome = registered.step(
                 current,
                 is_state_held=self._is_state_held(),
-                steps=self._steps_taken() if registered.draws else (),
+                steps=taken if registered.draws else (),
                 options=options,
                 measurements=self._measurements,
             )
             if outcome is not Outcome.STALE:
                 return
         self._count_on_host()
-        registered, _ = self._step_anew([place], current, options, begins)
+        registered, _ = self._step_anew([place], current, taken, options, begins)
         if registered is not None:
             registered.native.remember([], {param: self._state.get(param, {})})
             self._registered_alone[param] = registered
@@ -985,6 +993,7 @@ class FusedOptimizer(Optimizer):
         self,
         places: Iterable[Place],
         current: list[_C.Hyperparameters],
+        steps: Sequence[int],
         options: StepOptions,
         begins: bool,
         inputs: DeviceInputs | None = None,
@@ -994,6 +1003,7 @@ class FusedOptimizer(Optimizer):
         Args:
             places: of the parameters.
             current: the hyperparameters of each group.
+            steps: taken by each group; counted on the device where decisions are the device's.
             options: of the step.
             begins: whether an average that is created here begins with this step's result.
             inputs: of a step whose decisions are the device's.
@@ -1002,6 +1012,7 @@ class FusedOptimizer(Optimizer):
         registered: RegisteredList | None = None
         averages = options.ema_decay is not None
         ranks = self._ranks
+        seeds = self._seeds()
 
         def undo() -> None:
             for param, keys in former.items():
@@ -1062,7 +1073,7 @@ class FusedOptimizer(Optimizer):
                         beside=(layout.beside, layout.beside_key) if layout.beside_key else None,
                         scales=tuple(map(scale_key, names)) if layout.state_dtype is None else (),
                         stochastic=layout.stochastic,
-                        random_key=_C.random_key(group["seed"], number),
+                        random_key=_C.random_key(seeds[index], number),
                         averaged=averages,
                         unaveraged=unaveraged and begins,
                         active=active,
@@ -1073,10 +1084,10 @@ class FusedOptimizer(Optimizer):
             device_step = None
             if inputs is not None:
                 device_step = self._new_device_step(inputs.plans[0].schedule_step.device, members)
-            registered = RegisteredList(members, self.engine, averages, device_step, ranks)
+            registered = RegisteredList(members, self.engine, averages, device_step, ranks, seeds)
             outcome = registered.step(
                 current,
-                steps=self._steps_taken() if inputs is None else [0] * len(current),
+                steps=steps,
                 options=options,
                 measurements=self._measurements,
                 inputs=inputs,
@@ -1091,6 +1102,22 @@ class FusedOptimizer(Optimizer):
             return None, outcome
         self._unbegun.difference_update(former)
         return registered, outcome
+
+    def _is_current(self, registered: RegisteredList, options: StepOptions) -> bool:
+        """Whether a list is registered for such steps; what its tensors are is not asked."""
+        averages = options.ema_decay is not None
+        if registered.averages is not averages or registered.ranks is not self._ranks:
+            return False
+        return not registered.draws or registered.seeds == self._seeds()
+
+    def _seeds(self) -> list[int]:
+        seeds = []
+        for index, group in enumerate(self.param_groups):
+            try:
+                seeds.append(checks.count("seed", group["seed"], at_least=0))
+            except (TypeError, ValueError) as error:
+                raise type(error)(f"param group {index}: {error}") from None
+        return seeds
 
     def _create_states(self) -> None:
         """Creates the states of a first step, which is still to come.
@@ -1413,16 +1440,16 @@ class FusedOptimizer(Optimizer):
         """
         found = self.state_dict()
         names = [name for name in STATE_KINDS if name in self._known_states]
-        found["state"] = {key: dict(state) for key, state in found["state"].items()}
+        left_out = {*map(scale_key, names), *BESIDE_KEYS}
         for group in found["param_groups"]:
             del group[CODED]
-        for state in found["state"].values():
+        for key, state in found["state"].items():  # the optimizer's own dicts
             present = [name for name in names if name in state]
             kinds = [STATE_KINDS[name] for name in present]
-            for name, value in decoded_states(local_state(state), present, kinds).items():
-                state[name] = wrapped(value, state[name])
-            for key in (*map(scale_key, names), *BESIDE_KEYS):
-                state.pop(key, None)
+            kept = {name: value for name, value in state.items() if name not in left_out}
+            decoded = decoded_states(local_state(state), present, kinds)
+            wrapped_again = {name: wrapped(value, state[name]) for name, value in decoded.items()}
+            found["state"][key] = {**kept, **wrapped_again}
         return found
 
     def memory_report(self) -> MemoryReport:

@@ -742,10 +742,9 @@ def convert_state(
     What is in the layout's format is copied bit for bit; codes too, unless elements follow in
     another order in memory. Anything else is decoded and coded or rounded to nearest.
 
-    The array beside the parameter is converted so that it completes the parameter that was saved
-    with it: for a master (of a bfloat16 parameter) that follows from the master, so the model may
-    be loaded before or after; otherwise ``param`` must have been loaded. Without one in ``saved``
-    there is none in the result, and a layout with nothing beside the parameter drops it.
+    The array beside the parameter is converted so that it completes the parameter as it is now: the
+    model must have been loaded. Without one in ``saved`` there is none in the result, and a layout
+    with nothing beside the parameter drops it.
 
     Args:
         saved: may have other entries, which are left out.
@@ -815,9 +814,9 @@ def _converted_beside(array: Tensor, source: str, param: Tensor, target: str) ->
             f"'{_BESIDES[source].key}': found beside a {_name(param.dtype)} parameter, accepted: "
             "beside a bfloat16 parameter, which it completes"
         )
-    x = _completed(param, source, array)
-    p = _ties_away(_bits(x)) if source == "master" else _pattern(param)
-    return _unflattened(_completing(x, p, target), param)
+    return _unflattened(
+        _completing(_completed(param, source, array), _pattern(param), target), param
+    )
 
 
 @torch.no_grad()

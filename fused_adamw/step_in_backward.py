@@ -98,13 +98,14 @@ class _Pass:
         task: autograd's number of it.
         places: where the optimizer has its parameters.
         begins: whether averages that it creates begin with its result.
-        current: hyperparameters of each param group that the pass has come to.
+        current: hyperparameters of each param group that the pass has come to, and the steps that
+            it had taken before.
     """
 
     task: int
     places: dict[Tensor, Place]
     begins: bool
-    current: dict[int, _C.Hyperparameters] = field(default_factory=dict)
+    current: dict[int, tuple[_C.Hyperparameters, int]] = field(default_factory=dict)
 
 
 class StepInBackward:
@@ -171,7 +172,7 @@ class StepInBackward:
                 return  # it has been taken out of the optimizer
             begins = self._pass.begins
             if place[0] in self._pass.current:
-                self.optimizer._step_alone(place, self._pass.current[place[0]], begins)
+                self.optimizer._step_alone(place, *self._pass.current[place[0]], begins)
             else:
                 self._pass.current[place[0]] = self._step_first(place, begins)
         param.grad = None
@@ -184,7 +185,7 @@ class StepInBackward:
         self.optimizer._opt_called = True
         return _Pass(task, places, self.optimizer._averages_begin())
 
-    def _step_first(self, place: Place, begins: bool) -> _C.Hyperparameters:
+    def _step_first(self, place: Place, begins: bool) -> tuple[_C.Hyperparameters, int]:
         """Steps the first parameter of a group in a pass, for which the group steps as well."""
         optimizer = self.optimizer
         group = optimizer.param_groups[place[0]]
@@ -195,12 +196,13 @@ class StepInBackward:
             if group["schedule"] is not None:
                 group["schedule_multiplier"] = optimizer._scheduled_multiplier(place[0])
             current = optimizer._current(place[0])
-            optimizer._step_alone(place, current, begins)
+            steps = group["schedule_step"]
+            optimizer._step_alone(place, current, steps, begins)
         except BaseException:
             group["schedule_multiplier"] = former
             raise
-        group["schedule_step"] += 1
-        return current
+        group["schedule_step"] = steps + 1
+        return current, steps
 
 
 # Of each parameter the handle that updates it, and its hook. The hooks must not keep the optimizer:

@@ -403,3 +403,29 @@ def test_damaged_schedule(name: str, value: Any) -> None:
         optimizer.load_state_dict(checkpoint)
     assert optimizer.param_groups[0]["schedule"] == RESTARTS
     assert optimizer.param_groups[0]["schedule_step"] == 0
+
+
+@pytest.mark.parametrize("precision", ["bf16", "master", "split", "kahan", "8bit"])
+def test_export_is_for_torch_and_leaves_the_optimizer_as_it_was(precision: str) -> None:
+    def stepped(exports: bool) -> tuple[torch.Tensor, FusedAdamW]:
+        draw = torch.Generator().manual_seed(0)
+        param = torch.randn(64, 64, generator=draw).bfloat16().requires_grad_()
+        optimizer = FusedAdamW([param], **LOUD, precision=precision)
+        for _ in range(3):
+            param.grad = torch.randn(64, 64, generator=draw).bfloat16()
+            optimizer.step()
+            if exports:
+                theirs = AdamW([param.detach().float()])
+                theirs.load_state_dict(optimizer.export_fp32_state())
+                (state,) = theirs.state.values()
+                assert state.keys() == {"step", "exp_avg", "exp_avg_sq"}
+                assert {value.dtype for value in state.values()} == {torch.float32}
+        return param, optimizer
+
+    (param, exported), (expected, plain) = stepped(True), stepped(False)
+    assert torch.equal(param, expected)
+    state, expected_state = exported.state[param], plain.state[expected]
+    assert state.keys() == expected_state.keys()
+    for name, value in state.items():
+        assert value.dtype == expected_state[name].dtype
+        assert torch.equal(value, expected_state[name])

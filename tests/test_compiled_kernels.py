@@ -19,18 +19,30 @@ from bench.kernels.sass import WIDE
 from fused_adamw import _C, engines
 from fused_adamw.triton_kernels import RULES
 
+pytestmark = pytest.mark.xdist_group("compiled kernels")
+
 BYTES_IN_FLIGHT = 48 * 1024  # what an SM of an H200 needs on its way to keep the memory busy
 
 
-# With three states and an average beside them, all of mixed dtypes: 8 to 32 bytes a thread, against
-# the half of the warps that more registers would cost. The tick's one thread a parameter may spill.
+# Kernels of whole steps also hold what is observed and averaged, in 128 registers against half of
+# the warps that more would cost: they may spill what a thread reads once. The tick's one thread a
+# parameter may spill.
 WHOLE_STEPS_THAT_SPILL = {
-    "adam amsgrad whole",
-    "adam l2 amsgrad whole",
-    "rmsprop centered momentum whole",
+    *("adagrad whole", "adamax whole", "lion whole", "sgd momentum nesterov whole"),
+    *("adam l2 whole", "adam nesterov whole", "adam l2 nesterov whole"),
+    *("adam amsgrad whole", "adam l2 amsgrad whole"),
+    *("rmsprop whole", "rmsprop momentum whole", "rmsprop centered momentum whole"),
+}
+# Three states joined with something, in 80 registers, for 8.0 and 10.0; and all in bfloat16, in 64.
+STEPS_THAT_SPILL = {
+    *("adam amsgrad", "adam l2 amsgrad", "rmsprop centered momentum"),
+    "adam l2 nesterov",
 }
 # ptxas stops at 64 registers, which let four blocks be resident, and spills two more.
-KNOWN_TO_SPILL = {"triton-adamax-float32-bfloat16-float32-sm90"}
+KNOWN_TO_SPILL = {
+    "triton-adamax-float32-bfloat16-float32-sm90",
+    "cuda-adam-l2 nesterov-bfloat16-bfloat16-bfloat16-sm90",
+}
 
 
 class Expected(NamedTuple):
@@ -51,10 +63,11 @@ EXPECTED = {
     "lion": Expected(1, 0, 0),
 }
 OPTIONS_WITH_A_STATE = {"amsgrad", "centered", "momentum"}
-MIXED = ()  # dtypes that are told apart at run time
 MOST_STACK_OF_A_WHOLE_STEP = 32  # bytes a thread
 UNIFORM = (("float32",) * 3, ("bfloat16",) * 3)
-FORMATS = {"cuda": {*UNIFORM, MIXED}, "triton": {*build.TRITON_FORMATS}}
+# Dtypes, or where they are told apart at run time the storage.
+STORAGES = {"cuda": {*UNIFORM, "mixed", "joined"}, "triton": {*build.TRITON_FORMATS}}
+WHOLE_STORAGES = {UNIFORM[0], "mixed", "joined", "coded"}
 
 
 @pytest.fixture(params=["cuda", "triton"])
@@ -64,27 +77,57 @@ def engine(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture
-def kernels(engine: str, compiled_kernels: list[Compiled]) -> list[Compiled]:
-    """The kernels of one engine that update, and do nothing beside."""
-    return [
-        kernel
-        for kernel in compiled_kernels
-        if kernel.engine == engine and kernel.kernel.rule and not kernel.kernel.whole
-    ]
+def updates(engine: str, compiled_kernels: list[Compiled]) -> list[Compiled]:
+    """The kernels of one engine that update."""
+    return [k for k in compiled_kernels if k.engine == engine and k.kernel.rule]
+
+
+@pytest.fixture
+def kernels(updates: list[Compiled]) -> list[Compiled]:
+    """Those that do nothing beside."""
+    return [kernel for kernel in updates if not kernel.kernel.whole]
+
+
+def storage_of(kernel: Kernel) -> tuple[str, ...] | str:
+    return kernel.dtypes or kernel.storage
+
+
+def states_of(kernel: Compiled) -> int:
+    on = {name for name, value in kernel.kernel.options if value}
+    return EXPECTED[kernel.kernel.rule].states + len(on & OPTIONS_WITH_A_STATE)
 
 
 def test_whole_steps_are_compiled_too(compiled_kernels: list[Compiled]) -> None:
-    """Of CUDA for all arrays in float32 and for mixed ones; those with three states spill a bit."""
+    """Of CUDA for float32 and for what is told apart at run time, where a bit may be spilled."""
     cuda = [kernel for kernel in compiled_kernels if kernel.engine == "cuda"]
     functors = {kernel.kernel.functor for kernel in cuda if kernel.kernel.rule}
-    wanted = {(functor, dtypes) for functor in functors for dtypes in (UNIFORM[0], MIXED)}
+    wanted = {(functor, storage) for functor in functors for storage in WHOLE_STORAGES}
     whole = [kernel for kernel in cuda if kernel.kernel.whole]
-    assert {(kernel.kernel.functor, kernel.kernel.dtypes) for kernel in whole} == wanted
+    assert {(kernel.kernel.functor, storage_of(kernel.kernel)) for kernel in whole} == wanted
     assert len(whole) == len(wanted)
     for kernel in whole:
         assert kernel.stack <= MOST_STACK_OF_A_WHOLE_STEP, str(kernel)
         if kernel.kernel.dtypes:
             assert not spilled(kernel), str(kernel)
+
+
+def test_accesses_to_coded_states_are_wide(compiled_kernels: list[Compiled]) -> None:
+    """Of each array a 16-byte access, and the largest magnitudes shared by shuffles."""
+    coded = [kernel for kernel in compiled_kernels if kernel.kernel.storage == "coded"]
+    assert coded
+    for kernel in coded:
+        count = kernel.code.count()
+        states = states_of(kernel)
+        wide = {
+            kind: sum(n for name, n in count.items() if name.startswith(kind) and "128" in name)
+            for kind in ("LDG", "STG")
+        }
+        # A bfloat16 or float32 parameter, its remainder and the gradient; the states.
+        assert wide["LDG"] >= 2 + 4 + 1 + 2 + states, str(kernel)
+        assert wide["STG"] >= 2 + 4 + 1 + states, str(kernel)
+        assert not any(re.match(r"I2F|F2I|I2FP", name) for name in count), str(kernel)
+        if states:
+            assert count["SHFL.BFLY"] >= 2 * states, str(kernel)
 
 
 def test_kernels_beside_the_updates(compiled_kernels: list[Compiled]) -> None:
@@ -101,15 +144,15 @@ def test_kernels_beside_the_updates(compiled_kernels: list[Compiled]) -> None:
 
 @pytest.fixture
 def legible(kernels: list[Compiled]) -> list[Compiled]:
-    """Those with a main path that can be read: without Mixed storage."""
+    """Those with a main path that can be read: whose dtypes are not told apart at run time."""
     return [kernel for kernel in kernels if kernel.kernel.dtypes]
 
 
 def test_every_functor_is_compiled_for_every_storage(engine: str, kernels: list[Compiled]) -> None:
     functors = {kernel.kernel.functor for kernel in kernels}
     assert {rule for rule, _ in functors} == {*EXPECTED} == {*RULES}
-    wanted = {(functor, dtypes) for functor in functors for dtypes in FORMATS[engine]}
-    assert {(kernel.kernel.functor, kernel.kernel.dtypes) for kernel in kernels} == wanted
+    wanted = {(functor, storage) for functor in functors for storage in STORAGES[engine]}
+    assert {(kernel.kernel.functor, storage_of(kernel.kernel)) for kernel in kernels} == wanted
     assert len(kernels) == len(wanted)
 
 
@@ -130,9 +173,7 @@ def test_main_path_has_only_16_byte_accesses(legible: list[Compiled]) -> None:
         assert not narrowed(kernel), f"{kernel}: {kernel.path.accesses}"
         assert kernel.elements is not None
         assert kernel.elements * min(kernel.kernel.widths) % WIDE == 0, str(kernel)
-        on = {name for name, value in kernel.kernel.options if value}
-        states = EXPECTED[kernel.kernel.rule].states + len(on & OPTIONS_WITH_A_STATE)
-        assert kernel.states == states, str(kernel)
+        assert kernel.states == states_of(kernel), str(kernel)
 
 
 def test_enough_bytes_in_flight(legible: list[Compiled]) -> None:
@@ -141,15 +182,16 @@ def test_enough_bytes_in_flight(legible: list[Compiled]) -> None:
         assert kernel.bytes_in_flight >= BYTES_IN_FLIGHT, str(kernel)
 
 
-def test_every_operation_is_rounded_by_itself(kernels: list[Compiled]) -> None:
-    for kernel in kernels:
+def test_every_operation_is_rounded_by_itself(updates: list[Compiled]) -> None:
+    for kernel in updates:
         ptx = kernel.ptx
         assert not re.search(r"\b(?:fma|mad)\.\S*f32", ptx), str(kernel)
         # Without .rn ptxas might fuse them.
         assert not re.search(r"\b(?:add|sub|mul)\.f32", ptx), str(kernel)
         assert not re.search(r"\.(?:approx|full|ftz)\b", ptx), str(kernel)
         expected = EXPECTED[kernel.kernel.rule]
-        for operation, n in (("div", expected.divisions), ("sqrt", expected.roots)):
+        divides = expected.divisions or (kernel.kernel.storage == "coded" and states_of(kernel))
+        for operation, n in (("div", divides), ("sqrt", expected.roots)):
             modifiers = set(re.findall(rf"\b{operation}\.(\S*f32)\b", ptx))
             assert modifiers == ({"rn.f32"} if n else set()), f"{kernel}: {operation}"
 
@@ -183,23 +225,32 @@ def test_bfloat16_is_rounded_in_pairs(legible: list[Compiled]) -> None:
 def test_the_sanitizers_watch_every_kernel(
     compiled_kernels: list[Compiled], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    ran: list[tuple[object, ...]] = []
+    ran = set()
 
     def record(bucket: _C.Bucket, _: Sequence[_C.Hyperparameters]) -> None:
         dtypes = (bucket.param_dtype, bucket.grad_dtype, bucket.state_dtype)
-        ran.append((bucket.functor, bucket.options, dtypes if dtypes in UNIFORM else MIXED))
+        storage: tuple[str, ...] | str = dtypes if dtypes in UNIFORM else "mixed"
+        if bucket.beside or bucket.stochastic:
+            storage = "joined"
+        if bucket.state_dtype == "code8":
+            storage = "coded"
+        ran.add((bucket.functor, bucket.options, storage, storage == "coded" or whole))
 
     monkeypatch.setitem(engines._BY_NAME, "cpu", engines._CPU._replace(update=record))
-    for optimizer, dtypes in sanitize_case.CASES:
-        sanitize_case.run("cpu", optimizer, dtypes)
+    for case in sanitize_case.CASES:
+        whole = case.options.keys() >= sanitize_case.WHOLE.keys()
+        sanitize_case.run("cpu", case)
     cuda = [kernel.kernel for kernel in compiled_kernels if kernel.engine == "cuda"]
-    assert sorted(ran) == sorted(
-        (*kernel.functor, kernel.dtypes) for kernel in cuda if plain(kernel)
-    )
+    assert ran >= {
+        (*kernel.functor, storage_of(kernel), kernel.whole)
+        for kernel in cuda
+        if kernel.rule and not never_runs(kernel)
+    }
 
 
-def plain(kernel: Kernel) -> bool:
-    return bool(kernel.rule) and not kernel.whole
+def never_runs(kernel: Kernel) -> bool:
+    """Centered, no state is coded: the variance is a difference of two of them."""
+    return kernel.storage == "coded" and ("centered", True) in kernel.options
 
 
 def sections(report: str) -> dict[str, str]:
@@ -230,4 +281,4 @@ def test_cuda_kernels_of_the_committed_report_that_spill() -> None:
         (heads,) = (row for row in rows if row[0] == "rule")
         spills = heads.index("spills")
         spill |= {row[0] for row in rows if len(row) > spills and row[spills].endswith("!")}
-    assert spill == WHOLE_STEPS_THAT_SPILL | {"tick_kernel"}
+    assert spill == WHOLE_STEPS_THAT_SPILL | STEPS_THAT_SPILL | {"tick_kernel"}

@@ -19,6 +19,8 @@ from torch.utils import cpp_extension
 
 from fused_adamw import _C, FusedAdamW
 
+pytestmark = pytest.mark.xdist_group("compiled with torch")
+
 CSRC = Path(__file__).parents[1] / "csrc"
 
 # --- Layout --------------------------------------------------------------------------------------

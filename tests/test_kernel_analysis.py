@@ -175,6 +175,7 @@ def test_resident_blocks(gpu: Gpu, threads: int, registers: int, shared: int, bl
         ),
         ("void update_kernel<a::Lion, a::Uniform<float>>", "lion-float32-float32-float32"),
         ("update_kernel<a::New<(a::Mode)2, true>, a::Old, a::Mixed>", "new-0=2 1 old-mixed"),
+        ("update_kernel<a::Lion, a::Coded, true>", "lion-coded-whole"),
         ("a::tick", "tick"),
     ],
 )
@@ -183,7 +184,7 @@ def test_names(name: str, expected: str) -> None:
 
 
 def test_nothing_is_read_from_a_path_that_tells_dtypes_apart() -> None:
-    mixed = replace(kernel(LOOP), kernel=replace(ADAM, dtypes=()))
+    mixed = replace(kernel(LOOP), kernel=replace(ADAM, dtypes=(), storage="mixed"))
     assert mixed.path is mixed.elements is mixed.states is mixed.instructions_per_param is None
     assert not narrowed(mixed)
     (row,) = (line for line in render([mixed], {}).splitlines() if line.startswith("| adam"))

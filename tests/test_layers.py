@@ -42,10 +42,13 @@ IMPORTS = {
     "examples/**/*.py": r"(?!fused_adamw\b|tests\b|bench\b).*",
     "bench/**/*.py": r"(?!fused_adamw\b|tests\b|examples\b).*",
 }
-# The kernels that are described, and the launches that are counted, are no part of what users call.
+# The kernels that are described, the launches that are counted, the least tensor that is coded and
+# the shapes of known models are no part of what users call.
 PRIVATE = {
     "bench/kernels/triton_compiler.py": r"fused_adamw\.triton_kernels(\..*)?",
     "bench/launches.py": r"fused_adamw\._C",
+    "bench/models.py": r"fused_adamw\.decoder_shapes\..*",
+    "bench/precision.py": r"fused_adamw\.precision\.LEAST_CODED",
 }
 PUBLIC = rf"fused_adamw(\.(__version__|{'|'.join(fused_adamw.__all__)})(\..*)?)?"
 

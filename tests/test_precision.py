@@ -676,11 +676,6 @@ def test_arrays_beside_parameters_are_converted(source: str, target: str) -> Non
         assert apart.double().mean() < 90
     else:  # 8 bits of what is missing, itself at most half of a bfloat16's last place
         assert apart.max() <= 2**15 / 2**8
-    if source != "master":
-        return
-    unloaded = torch.full_like(param, 0.3)
-    earlier = convert_state(saved, unloaded, NAMES, KINDS, layout)[layout.beside_key]
-    assert same_bits(earlier, array)
 
 
 @pytest.mark.parametrize("way", [("split", "master"), ("8bit", "8bit 16"), ("8bit", "master")])

@@ -26,6 +26,8 @@ from fused_adamw.triton_kernels import RULES, norm, update
 
 F32, BF16, F16, CODE8 = "float32", "bfloat16", "float16", "code8"
 
+pytestmark = pytest.mark.xdist_group("compiled by Triton")
+
 ELEMENTS_PER_THREAD = 8
 
 

@@ -16,6 +16,8 @@ ARRAYS = ("param", "grad", "states")  # of which a kernel's dtypes are
 # C++ types -> dtypes, and their bytes.
 DTYPES = {"float": "float32", "bfloat16": "bfloat16", "float16": "float16"}
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+# Storages whose dtypes a kernel tells apart when it runs, as csrc/cuda/storages.h has them.
+TOLD_APART = ("Mixed", "Joined", "Coded")
 
 
 @dataclass(frozen=True, order=True)
@@ -28,6 +30,8 @@ class Kernel:
         options: the functor's compile-time options, in order: name and value.
         dtypes: of param, grad and states; empty where the kernel tells them apart when it runs.
         whole: whether it also averages, zeroes and observes.
+        storage: where it tells dtypes apart, "mixed"; "joined" with something beside the param, or
+            stochastic rounding; "coded" with states of codes.
     """
 
     function: str
@@ -35,36 +39,38 @@ class Kernel:
     options: tuple[tuple[str, bool | str], ...]
     dtypes: tuple[str, ...]
     whole: bool = False
+    storage: str = ""
 
     @classmethod
     def of(cls, demangled: str) -> Kernel:
         """Reads `space::kernel<space::Rule<option, ...>, space::Storage>`.
 
         Every template argument may be missing. The storage is `Uniform<type>`, which all arrays
-        have, or `Mixed`; a bool says whether the kernel is of a whole step; the first other
-        argument is the rule, and what more there may be counts as an option.
+        have, or one of `TOLD_APART`; a bool says whether the kernel is of a whole step; the first
+        other argument is the rule, and what more there may be counts as an option.
         """
         cast, space = r"\([\w:]+\)", r"(?:\w+|\(anonymous namespace\))::"  # 2 of (Decay)2
         bare = re.sub(rf"{cast}|{space}|^void |\s", "", demangled)
         function, arguments = _split(bare)
-        rule, values, dtypes, more, whole = "", [], (), [], False
+        rule, values, dtypes, more, whole, storage = "", [], (), [], False, ""
         for argument in arguments:
             name, inner = _split(argument)
             if name in ("true", "false"):
                 whole = name == "true"
             elif name == "Uniform":
                 dtypes = (DTYPES[inner[0]],) * len(ARRAYS)
-            elif name != "Mixed":
-                if rule:
-                    more.append((_words(argument, "-"), True))
-                else:
-                    rule, values = name, inner
+            elif name in TOLD_APART:
+                storage = name.lower()
+            elif rule:
+                more.append((_words(argument, "-"), True))
+            else:
+                rule, values = name, inner
         names = _option_names().get(rule, ())
         options = tuple(
             (names[i] if i < len(names) else str(i), {"true": True, "false": False}.get(x, x))
             for i, x in enumerate(values)
         )
-        return cls(function, _words(rule, "_"), (*options, *more), dtypes, whole)
+        return cls(function, _words(rule, "_"), (*options, *more), dtypes, whole, storage)
 
     @classmethod
     def restored(cls, fields: dict[str, Any]) -> Kernel:
@@ -89,7 +95,7 @@ class Kernel:
         return tuple(BYTES[dtype] for dtype in self.dtypes)
 
     def __str__(self) -> str:
-        storage = self.dtypes or ("mixed" if self.rule else "",)
+        storage = self.dtypes or (self.storage,)
         whole = "whole" if self.whole else ""
         return "-".join(filter(None, (self.rule or self.function, self.variant, *storage, whole)))
 

@@ -29,7 +29,7 @@ COLUMNS: dict[str, Callable[[Compiled], str]] = {
             None, (k.kernel.rule or k.kernel.function, k.kernel.variant, k.kernel.whole and "whole")
         )
     ),
-    "param/grad/states": lambda k: "/".join(SHORT[x] for x in k.kernel.dtypes) or "mixed",
+    "param/grad/states": lambda k: "/".join(SHORT[x] for x in k.kernel.dtypes) or k.kernel.storage,
     "registers": lambda k: _flag(k.registers, too_many_registers(k)),
     "spills": lambda k: _flag(k.code.local_accesses, k.code.local_accesses > 0),
     "stack B": lambda k: _flag(k.stack, k.stack > 0),
@@ -141,7 +141,7 @@ def _order(kernel: Compiled) -> tuple[object, ...]:
     """By rule, then by variant, then wide dtypes before narrow ones, and unknown ones last."""
     k = kernel.kernel
     widths = tuple(-width for width in k.widths)
-    return k.function, k.rule, len(k.variant), k.variant, not widths, widths, k.dtypes
+    return k.function, k.rule, len(k.variant), k.variant, not widths, widths, k.dtypes, k.storage
 
 
 def _accesses(kernel: Compiled) -> str:

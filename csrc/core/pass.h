@@ -51,9 +51,8 @@ FUSED_ADAMW_HD bool is_lost(float grad, float before, float after) {
 
 // Of one element.
 FUSED_ADAMW_HD Observation observe(float grad, float before, float after) {
-  return {square(grad), square(after - before), square(after),
-          static_cast<double>(is_nonfinite(grad)),
-          static_cast<double>(is_lost(grad, before, after))};
+  return {square(grad), square(after - before), square(after), is_nonfinite(grad) ? 1.0 : 0.0,
+          is_lost(grad, before, after) ? 1.0 : 0.0};
 }
 
 FUSED_ADAMW_HD Observation operator+(const Observation& x, const Observation& y) {

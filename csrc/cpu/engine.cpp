@@ -180,7 +180,7 @@ FUSED_ADAMW_HD void split_any(const float* from, const std::uint8_t* random, voi
 // One block of codes, or what there is of it.
 template <class Codes>
 FUSED_ADAMW_HD void decode_block(const void* from, float scale, float* to, int count) {
-  using Code = std::conditional_t<Codes::kIsSigned, std::int8_t, std::uint8_t>;
+  using Code = typename Codes::Code;
   const Code* codes = static_cast<const Code*>(from);
   const float unit = Codes::unit_of(scale);
   FUSED_ADAMW_INDEPENDENT_ITERATIONS
@@ -189,7 +189,7 @@ FUSED_ADAMW_HD void decode_block(const void* from, float scale, float* to, int c
 
 template <class Codes>
 FUSED_ADAMW_HD float encode_block(const float* from, void* to, int count) {
-  using Code = std::conditional_t<Codes::kIsSigned, std::int8_t, std::uint8_t>;
+  using Code = typename Codes::Code;
   Code* codes = static_cast<Code*>(to);
   std::int32_t largest = 0;  // below 2^31, so as signed as not
   for (int i = 0; i < count; ++i) {

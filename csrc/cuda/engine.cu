@@ -5,7 +5,7 @@
 #include "cuda/check.h"
 #include "cuda/engine.h"
 #include "cuda/kernels.h"
-#include "cuda/update_chunk.h"
+#include "cuda/storages.h"
 
 namespace fused_adamw::cuda {
 namespace {
@@ -20,8 +20,8 @@ int update(const Bucket& bucket, void* stream) {
   const CurrentDevice current(bucket.device_index);
   const auto on_stream = static_cast<cudaStream_t>(stream);
   int launches = 0;
-  visit_storage(bucket.format, !bucket.is_plain(), [&](auto storage) {
-    launches = launch_bucket<decltype(storage)>(bucket, on_stream);
+  visit_storage(bucket, [&](auto storage, auto whole) {
+    launches = launch_bucket<decltype(storage), decltype(whole)::value>(bucket, on_stream);
   });
   return launches;
 }

@@ -1,4 +1,5 @@
 // Plays the CUDA grid on the host: every line of the kernel's body runs where no GPU is.
+#include <algorithm>
 #include <memory>
 
 #include "core/float_environment.h"
@@ -21,30 +22,39 @@ T fold_block(T (&of_thread)[kThreads]) {
   return sum;
 }
 
-template <class Storage, bool kWhole>
-void play(const Bucket& bucket) {
-  visit_functor(bucket.functor, [&](auto functor) {
-    using Functor = decltype(functor);
-    const auto arguments = std::make_unique<LaunchArguments<Functor, kWhole>>();
-    for_each_launch(bucket, *arguments, [](const auto& launch, std::uint32_t blocks) {
-      for (std::uint32_t block = 0; block < blocks; ++block) {
-        Observation observed[kThreads];
-        for (int thread = 0; thread < kThreads; ++thread) {
-          observed[thread] = update_chunk<Functor, Storage>(launch, block, thread);
-        }
-        if (kWhole && launch.observed != nullptr) {
-          observation_of(launch, block) = fold_block(observed);
-        }
-      }
-    });
-  });
+// The threads of a warp: [note: teams].
+struct Warp {
+  static constexpr int kPlayed = kLanes;
+
+  template <int kTeam>
+  static void share(std::uint32_t (&largest)[kLanes]) {
+    for (int first = 0; first < kLanes; first += kTeam) {
+      std::uint32_t* const team = largest + first;
+      std::fill_n(team, kTeam, *std::max_element(team, team + kTeam));
+    }
+  }
+};
+
+template <class Functor, class Storage, bool kWhole>
+void play(const LaunchArguments<Functor, Storage, kWhole>& launch, std::uint32_t block) {
+  Observation observed[kThreads]{};
+  for (int thread = 0; thread < kThreads; thread += kLanes) {
+    Observation of_warp[kLanes]{};
+    update_chunk<Warp>(launch, block, thread, of_warp);
+    std::copy_n(of_warp, kLanes, observed + thread);
+  }
+  if (kWhole && launch.observed != nullptr) observation_of(launch, block) = fold_block(observed);
 }
 
-template <bool kWhole>
-void play_storage(const Bucket& bucket) {
-  visit_storage(bucket.format, kWhole, [&](auto storage) {
-    using Storage = decltype(storage);
-    if constexpr (!kWhole || kHasWhole<Storage>) play<Storage, kWhole>(bucket);
+// Calls visit(arguments) with an empty argument block for the bucket's launches.
+template <class Visit>
+void with_arguments(const Bucket& bucket, Visit&& visit) {
+  visit_storage(bucket, [&](auto storage, auto whole) {
+    visit_functor(bucket.functor, [&](auto functor) {
+      using Arguments =
+          LaunchArguments<decltype(functor), decltype(storage), decltype(whole)::value>;
+      visit(*std::make_unique<Arguments>());
+    });
   });
 }
 
@@ -52,7 +62,11 @@ void play_storage(const Bucket& bucket) {
 
 void update_on_host(const Bucket& bucket) {
   const DefaultFloatEnvironment environment;  // as on a GPU
-  bucket.is_plain() ? play_storage<false>(bucket) : play_storage<true>(bucket);
+  with_arguments(bucket, [&](auto& arguments) {
+    for_each_launch(bucket, arguments, [](const auto& launch, std::uint32_t blocks) {
+      for (std::uint32_t block = 0; block < blocks; ++block) play(launch, block);
+    });
+  });
 }
 
 void square_sums_on_host(const Bucket& bucket, double* partials) {
@@ -90,13 +104,8 @@ void tick_on_host(const TickArguments& arguments) {
 
 int count_launches(const Bucket& bucket) {
   int launches = 0;
-  const auto count = [&](auto arguments) {
-    for_each_launch(bucket, *arguments, [&](auto&, auto) { ++launches; });
-  };
-  visit_functor(bucket.functor, [&](auto functor) {
-    using Functor = decltype(functor);
-    bucket.is_plain() ? count(std::make_unique<LaunchArguments<Functor, false>>())
-                      : count(std::make_unique<LaunchArguments<Functor, true>>());
+  with_arguments(bucket, [&](auto& arguments) {
+    for_each_launch(bucket, arguments, [&](auto&, auto) { ++launches; });
   });
   return launches;
 }

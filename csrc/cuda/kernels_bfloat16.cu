@@ -3,6 +3,6 @@
 
 namespace fused_adamw::cuda {
 
-template int launch_bucket<Uniform<bfloat16>>(const Bucket& bucket, cudaStream_t stream);
+template int launch_bucket<Uniform<bfloat16>, false>(const Bucket& bucket, cudaStream_t stream);
 
 }  // namespace fused_adamw::cuda

@@ -3,6 +3,7 @@
 
 namespace fused_adamw::cuda {
 
-template int launch_bucket<Uniform<float>>(const Bucket& bucket, cudaStream_t stream);
+template int launch_bucket<Uniform<float>, false>(const Bucket& bucket, cudaStream_t stream);
+template int launch_bucket<Uniform<float>, true>(const Bucket& bucket, cudaStream_t stream);
 
 }  // namespace fused_adamw::cuda

@@ -3,6 +3,7 @@
 
 namespace fused_adamw::cuda {
 
-template int launch_bucket<Mixed>(const Bucket& bucket, cudaStream_t stream);
+template int launch_bucket<Mixed, false>(const Bucket& bucket, cudaStream_t stream);
+template int launch_bucket<Mixed, true>(const Bucket& bucket, cudaStream_t stream);
 
 }  // namespace fused_adamw::cuda

@@ -2,11 +2,13 @@
 #pragma once
 
 #include <cstdint>
+#include <cstring>
 
 #include "core/bucket.h"
 #include "core/pass.h"
 #include "core/planner.h"
 #include "core/square_sum.h"
+#include "cuda/storages.h"
 
 namespace fused_adamw::cuda {
 
@@ -23,23 +25,56 @@ static_assert(kThreads == kLanes * kSegments, "a warp adds up one segment of a c
 constexpr int kArgumentBytes = 32764;
 constexpr int kRows = 104;
 
-// `kWhole`: with what a step may do beside its rule (core/pass.h), unscaling and clipping apart,
-// which every launch does.
-template <class Functor, bool kWhole>
-struct LaunchArguments {
-  static constexpr int kSlots = kFirstState + Functor::kStates;
-  static constexpr int kPointers = kSlots + kWhole;
+// How many tensors' arguments fit. `kWhole`: with what a step may do beside its rule (core/pass.h),
+// unscaling and clipping apart, which every launch does.
+template <class Functor, class Storage, bool kWhole>
+struct LaunchCapacity {
+  static constexpr bool kHasBeside = Storage::kHasBeside;
+  static constexpr int kStates = Functor::kStates, kSlots = kFirstState + kStates;
+  static constexpr int kEma = kSlots, kBeside = kSlots + kWhole;  // their places in `slot`
+  static constexpr int kPointers = kSlots + kWhole + kHasBeside;
+  static constexpr int kScales = Storage::kHasCodes ? kStates : 0;
   static constexpr int kBytesPerTensor =
-      kPointers * static_cast<int>(sizeof(void*)) + sizeof(std::int64_t) + sizeof(std::uint32_t) +
-      sizeof(std::int32_t) + (kWhole ? sizeof(std::uint32_t) : 0);
-  static constexpr int kTensors =
-      (kArgumentBytes - kRows * static_cast<int>(sizeof(Row<Functor>)) - 64) / kBytesPerTensor;
+      (kPointers + kScales) * static_cast<int>(sizeof(void*)) + sizeof(std::int64_t) +
+      sizeof(std::uint32_t) + sizeof(std::int32_t) + (kWhole ? sizeof(std::uint32_t) : 0) +
+      (kHasBeside ? sizeof(std::uint64_t) + sizeof(std::int64_t) : 0);
+  // A row's last number is of the random bits.
+  static constexpr int kRowFloats =
+      static_cast<int>(sizeof(Row<Functor>) / sizeof(float)) - !kHasBeside;
+  static constexpr int kRowBytes = kRowFloats * static_cast<int>(sizeof(float));
+  static constexpr int kTensors = (kArgumentBytes - kRows * kRowBytes - 64) / kBytesPerTensor;
+};
 
-  void* slot[kPointers][kTensors];  // the last the average of the parameter, with kWhole
+// Of codes.
+template <int kScales, int kTensors>
+struct ScaleArguments {
+  float* scale[kScales][kTensors];
+};
+template <int kTensors>
+struct ScaleArguments<0, kTensors> {};
+
+// Of what may be rounded stochastically: [note: random bits].
+template <bool kIsThere, int kTensors>
+struct RandomArguments {
+  std::uint64_t key[kTensors];
+  std::int64_t offset[kTensors];  // of the first element in the whole tensor
+};
+template <int kTensors>
+struct RandomArguments<false, kTensors> {};
+
+template <class Functor, class Storage, bool kWhole,
+          class Capacity = LaunchCapacity<Functor, Storage, kWhole>>
+struct LaunchArguments : Capacity,
+                         ScaleArguments<Capacity::kScales, Capacity::kTensors>,
+                         RandomArguments<Capacity::kHasBeside, Capacity::kTensors> {
+  static constexpr int kTensors = Capacity::kTensors;
+
+  // The average of the parameter, with kWhole, and what is beside it follow the states.
+  void* slot[Capacity::kPointers][kTensors];
   std::int64_t numel[kTensors];
   std::int64_t chunk;     // index of the launch's first chunk in the whole list
   Observation* observed;  // one a chunk; or null
-  Row<Functor> rows[kRows];
+  float rows[kRows][Capacity::kRowFloats];
   std::uint32_t later[kWhole ? kTensors : 1];  // of the tensor's first chunk, from there on
   std::uint32_t first_chunk[kTensors + 1];     // the last entry in use is the number of blocks
   std::int32_t row[kTensors];                  // of `rows`, or of those on the device
@@ -57,9 +92,10 @@ constexpr LaunchLimits launch_limits() {
   return {Arguments::kTensors, kRows, kChunk};
 }
 
-template <class Functor, bool kWhole>
-void pack(const Bucket& bucket, const Launch& launch, LaunchArguments<Functor, kWhole>& arguments) {
-  using Arguments = LaunchArguments<Functor, kWhole>;
+template <class Functor, class Storage, bool kWhole>
+void pack(const Bucket& bucket, const Launch& launch,
+          LaunchArguments<Functor, Storage, kWhole>& arguments) {
+  using Arguments = LaunchArguments<Functor, Storage, kWhole>;
   arguments.tensors = static_cast<std::int32_t>(launch.tensors.size());
   arguments.format = bucket.format;
   arguments.has_ema = bucket.has_ema;
@@ -70,8 +106,16 @@ void pack(const Bucket& bucket, const Launch& launch, LaunchArguments<Functor, k
     const TensorEntry& tensor = bucket.tensors[static_cast<std::size_t>(launch.tensors[i])];
     for (int s = 0; s < Arguments::kSlots; ++s) arguments.slot[s][i] = tensor.slot[s];
     if constexpr (kWhole) {
-      arguments.slot[Arguments::kSlots][i] = tensor.ema;
+      arguments.slot[Arguments::kEma][i] = tensor.ema;
       arguments.later[i] = static_cast<std::uint32_t>(tensor.chunk - arguments.chunk);
+    }
+    if constexpr (Arguments::kHasBeside) {
+      arguments.slot[Arguments::kBeside][i] = tensor.beside;
+      arguments.key[i] = tensor.key;
+      arguments.offset[i] = tensor.offset;
+    }
+    if constexpr (Arguments::kScales > 0) {
+      for (int k = 0; k < Arguments::kScales; ++k) arguments.scale[k][i] = tensor.scale[k];
     }
     arguments.numel[i] = tensor.numel;
     arguments.first_chunk[i] = launch.first_chunk[i];
@@ -81,8 +125,9 @@ void pack(const Bucket& bucket, const Launch& launch, LaunchArguments<Functor, k
   arguments.device_rows = bucket.device_rows;
   arguments.skip = bucket.skip;
   for (std::size_t r = 0; r < launch.rows.size() && !bucket.device_rows; ++r) {
-    arguments.rows[r] = *reinterpret_cast<const Row<Functor>*>(
-        bucket.coefficients.data() + launch.rows[r] * bucket.coefficients_per_row);
+    memcpy(arguments.rows[r],
+           bucket.coefficients.data() + launch.rows[r] * bucket.coefficients_per_row,
+           Arguments::kRowBytes);
   }
 }
 

@@ -26,48 +26,53 @@ constexpr int kMostBlocks = 6;
 
 template <class Functor, class Storage, bool kWhole>
 constexpr int blocks_per_multiprocessor() {
-  constexpr bool kMixed = std::is_same_v<Storage, Mixed>;
+  // Coded, a thread holds 16 elements and their new states until all of a block are known.
+  if (Storage::kHasCodes) return 2;
+  constexpr bool kTold = std::is_base_of_v<Mixed, Storage>;  // when it runs
   // The average is one array more, what is observed takes registers too; mixed, 2 blocks of 128
   // registers still have 48 KB of loads in flight.
-  if (kMixed && kWhole) return 2;
-  const int arrays = kFirstState + Functor::kStates + kMixed + 2 * kWhole;
+  if (kTold && kWhole) return 2;
+  if (Storage::kHasBeside) return 3;
+  const int arrays = kFirstState + Functor::kStates + kTold + 2 * kWhole;
   return arrays > 4 ? 3 : arrays > 2 ? 4 : kMostBlocks;
 }
 
+// A thread, whose team is its neighbours in the warp: [note: teams].
+struct Lane {
+  static constexpr int kPlayed = 1;
+
+  template <int kTeam>
+  __device__ static void share(std::uint32_t (&largest)[1]) {
+    FUSED_ADAMW_UNROLL
+    for (int distance = 1; distance < kTeam; distance *= 2) {
+      largest[0] = max(largest[0], __shfl_xor_sync(kAllLanes, largest[0], distance));
+    }
+  }
+};
+
 template <class Functor, class Storage, bool kWhole>
 __global__ void __launch_bounds__(kThreads, (blocks_per_multiprocessor<Functor, Storage, kWhole>()))
-    update_kernel(const __grid_constant__ LaunchArguments<Functor, kWhole> arguments) {
-  const Observation observed =
-      update_chunk<Functor, Storage>(arguments, blockIdx.x, static_cast<int>(threadIdx.x));
+    update_kernel(const __grid_constant__ LaunchArguments<Functor, Storage, kWhole> arguments) {
+  Observation observed[1]{};
+  update_chunk<Lane>(arguments, blockIdx.x, static_cast<int>(threadIdx.x), observed);
   if constexpr (kWhole) {
     if (arguments.observed == nullptr) return;
-    const Observation sum = fold_block(observed);
+    const Observation sum = fold_block(observed[0]);
     if (threadIdx.x == 0) observation_of(arguments, blockIdx.x) = sum;
   }
 }
 
-template <class Functor, class Storage, bool kWhole>
-int launch_kernels(const Bucket& bucket, cudaStream_t stream) {
-  int launches = 0;
-  LaunchArguments<Functor, kWhole> arguments;
-  for_each_launch(bucket, arguments, [&](const auto& launch, std::uint32_t blocks) {
-    update_kernel<Functor, Storage, kWhole><<<blocks, kThreads, 0, stream>>>(launch);
-    check(cudaGetLastError(), "launching the update kernel");
-    ++launches;
-  });
-  return launches;
-}
-
-template <class Storage>
+template <class Storage, bool kWhole>
 int launch_bucket(const Bucket& bucket, cudaStream_t stream) {
   int launches = 0;
   visit_functor(bucket.functor, [&](auto functor) {
     using Functor = decltype(functor);
-    if (bucket.is_plain()) {
-      launches = launch_kernels<Functor, Storage, false>(bucket, stream);
-    } else if constexpr (kHasWhole<Storage>) {
-      launches = launch_kernels<Functor, Storage, true>(bucket, stream);
-    }
+    LaunchArguments<Functor, Storage, kWhole> arguments;
+    for_each_launch(bucket, arguments, [&](const auto& launch, std::uint32_t blocks) {
+      update_kernel<Functor, Storage, kWhole><<<blocks, kThreads, 0, stream>>>(launch);
+      check(cudaGetLastError(), "launching the update kernel");
+      ++launches;
+    });
   });
   return launches;
 }

@@ -18,7 +18,9 @@
 // scale is denormal becomes zero.
 #pragma once
 
+#include <cmath>
 #include <cstdint>
+#include <type_traits>
 
 #include "core/platform.h"
 #include "core/state_kind.h"
@@ -31,6 +33,7 @@ constexpr int kCodeBlock = 64;  // neighbours in memory order
 template <StateKind kKind>
 struct Codes {
   static constexpr bool kIsSigned = kKind == StateKind::kSigned;
+  using Code = std::conditional_t<kIsSigned, std::int8_t, std::uint8_t>;
   static constexpr int kShift = kKind == StateKind::kSquare ? 19 : 18;  // of 23 bits of mantissa
   static constexpr float kBias = kIsSigned                     ? 0x1p-4f
                                  : kKind == StateKind::kSquare ? 0x1p-16f
@@ -56,16 +59,20 @@ struct Codes {
   // What a magnitude is multiplied by; 0 for a block whose codes are 0.
   FUSED_ADAMW_HD static float factor_of(float scale) { return scale > 0.0f ? kTop / scale : 0.0f; }
 
-  // Of a block whose factor is not 0.
+  // The code of a magnitude, from bit kShift on; below are bits that rounding cuts off. Here and
+  // below, of a block whose factor is not 0.
+  FUSED_ADAMW_HD static std::uint32_t shifted_code(float x, float factor) {
+    const float t = fabsf(x) * factor + kBias;
+    return bits_of(t) + (kHalf - (kFirst << kShift));
+  }
+
   FUSED_ADAMW_HD static std::int32_t code_of(float x, float factor) {
-    const std::uint32_t magnitude = magnitude_bits(x);
-    const float t = float_of(magnitude) * factor + kBias;
-    const auto code = static_cast<std::int32_t>(((bits_of(t) + kHalf) >> kShift) - kFirst);
+    const auto code = static_cast<std::int32_t>(shifted_code(x, factor) >> kShift);
     if constexpr (kIsSigned) {
       const std::int32_t sign = static_cast<std::int32_t>(bits_of(x)) >> 31;  // 0 or -1
       return (code ^ sign) - sign;
     }
-    const std::int32_t least = magnitude != 0;
+    const std::int32_t least = magnitude_bits(x) != 0;
     return code > least ? code : least;
   }
 

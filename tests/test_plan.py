@@ -1,0 +1,209 @@
+"""`python -m fused_adamw plan`: what training takes on each GPU, against what training has."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fused_adamw import FusedAdamW, __main__, plan
+from fused_adamw.decoder_shapes import MODELS, shapes_of
+
+# As the model cards and torch's own count of the published weights have them.
+PUBLISHED = {
+    "gpt2": 124_439_808,
+    "llama-3.2-1b": 1_235_814_400,
+    "llama-3-8b": 8_030_261_248,
+    "llama-3-70b": 70_553_706_496,
+    "llama-3-405b": 405_853_388_800,
+}
+QWEN2_7B = {
+    "model_type": "qwen2",
+    "hidden_size": 3584,
+    "intermediate_size": 18944,
+    "num_attention_heads": 28,
+    "num_hidden_layers": 28,
+    "num_key_value_heads": 4,
+    "tie_word_embeddings": False,
+    "vocab_size": 152064,
+}
+QWEN3_600M = {
+    "model_type": "qwen3",
+    "head_dim": 128,
+    "hidden_size": 1024,
+    "intermediate_size": 3072,
+    "num_attention_heads": 16,
+    "num_hidden_layers": 28,
+    "num_key_value_heads": 8,
+    "tie_word_embeddings": True,
+    "vocab_size": 151936,
+}
+
+
+def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    assert __main__.main(["plan", *arguments]) == 0
+    return capsys.readouterr().out
+
+
+def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    with pytest.raises(SystemExit) as caught:
+        __main__.main(["plan", *arguments])
+    assert caught.value.code == 2
+    return capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_models_have_their_published_size(name: str) -> None:
+    assert sum(map(math.prod, shapes_of(MODELS[name]))) == PUBLISHED[name]
+
+
+@pytest.mark.parametrize(
+    ("config", "numel"), [(QWEN2_7B, 7_615_616_512), (QWEN3_600M, 596_049_920)]
+)
+def test_configurations_of_relatives(config: dict[str, Any], numel: int) -> None:
+    assert sum(map(math.prod, shapes_of(config))) == numel
+
+
+@pytest.mark.parametrize(("rows", "ranks"), [(7, 1), (8, 4), (7, 4), (5, 4), (3, 4), (1, 64)])
+def test_a_shard_is_that_of_the_first_rank(rows: int, ranks: int) -> None:
+    """Pieces as of torch.chunk, which FSDP2 cuts a parameter into."""
+    pieces = torch.empty(rows, 3).chunk(ranks)
+    assert plan.shard((rows, 3), ranks) == max(piece.numel() for piece in pieces)
+
+
+@pytest.mark.parametrize("row", plan.ROWS, ids=lambda row: f"{row.precision} {row.note}".strip())
+def test_bytes_are_those_of_the_optimizer(row: plan.Row) -> None:
+    """Of every kind, on one GPU, after a step."""
+    shapes = [(64, 80), (65, 64), (100,)]
+    params = [torch.zeros(shape, dtype=row.dtype).requires_grad_() for shape in shapes]
+    optimizer = FusedAdamW(params, precision=row.precision, **row.options)
+    for param in params:
+        param.grad = torch.zeros_like(param)
+    optimizer.step()
+    report = plan.planned(shapes, 1, row, states=2)
+    assert report == optimizer.memory_report()
+    arrays = [x for state in optimizer.state.values() for k, x in state.items() if k != "step"]
+    held = sum(
+        x.nbytes for x in [*arrays, *params, *(p.grad for p in params if p.grad is not None)]
+    )
+    assert report.total == held
+
+
+def test_formats_side_by_side(capsys: pytest.CaptureFixture[str]) -> None:
+    out = run(capsys, "--model", "llama-3-8b", "--gpus", "8", "--bandwidth", "4800")
+    assert "8,030,261,248 parameters over 8 GPUs" in out
+    assert all(f"\n{row.precision}" in out for row in plan.ROWS)
+    (split,) = (line for line in out.splitlines() if line.startswith("split  "))
+    numbers = [float(cell) for cell in split.split()[1:-1]]
+    # 2, 2, 8 and 2 bytes of 1,003,782,656 parameters; 26 bytes of each are moved.
+    assert numbers == [2.01, 2.01, 8.03, 2.01, 14.05, 26.10, 5.44]
+    assert "4,800 GB/s (given)" in out
+
+
+def test_one_precision_of_any_number_of_parameters(capsys: pytest.CaptureFixture[str]) -> None:
+    out = run(capsys, "--params", "7B", "--precision", "fp32", "--bandwidth", "1000")
+    assert "7,000,000,000 parameters over 1 GPU:" in out
+    assert "split" not in out
+    (row,) = (line for line in out.splitlines() if line.startswith("fp32"))
+    assert row.split()[1:] == [
+        "28.00",
+        "28.00",
+        "56.00",
+        "0.00",
+        "112.00",
+        "196.00",
+        "196.00",
+        "ms",
+    ]
+    assert out == run(capsys, "--params", "7e9", "--precision", "fp32", "--bandwidth", "1000")
+    fewer = run(capsys, "--params=7B", "--precision=fp32", "--bandwidth=1000", "--states=1")
+    assert " 84.00 " in fewer
+
+
+def test_a_configuration_from_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(QWEN3_600M))
+    out = run(capsys, "--config", str(path), "--precision", "8bit", "--bandwidth", "1000")
+    assert "596,049,920 parameters" in out
+
+
+def test_the_bandwidth_is_measured(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(plan, "_MEASURED_BYTES", 2**20)
+    assert 1e7 < plan.measured_bandwidth() < 1e14
+    assert "GB/s (a copy on this machine)" in run(capsys, "--params", "1M")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ([], "--model --config --params"),
+        (["--params", "many"], "--params: found 'many'"),
+        (["--params", "0"], "--params: found '0'"),
+        (["--params", "nan"], "--params: found 'nan'"),
+        (["--params", "7B", "--gpus", "0"], "--gpus: found 0"),
+        (["--params", "7B", "--states", "-1"], "--states: found -1"),
+        (["--params", "7B", "--bandwidth", "0"], "--bandwidth: found 0.0"),
+        (["--params", "7B", "--bandwidth", "nan"], "--bandwidth: found nan"),
+        (["--params", "7B", "--precision", "int4"], "int4"),
+        (["--model", "gpt-7"], "gpt-7"),
+        (["--config", "missing.json"], "missing.json"),
+    ],
+)
+def test_bad_options_are_named(
+    arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert words in refused(capsys, *arguments)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("{", "Expecting"),
+        ("[]", "found list"),
+        (
+            json.dumps({**QWEN3_600M, "model_type": "bert"}),
+            "model_type: found 'bert', accepted: llama",
+        ),
+        (json.dumps({**QWEN3_600M, "hidden_size": "wide"}), "hidden_size: found 'wide'"),
+        (json.dumps({"model_type": "gpt2", "n_layer": 2}), "n_embd: found None"),
+    ],
+)
+def test_bad_configurations_are_named(
+    text: str, words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "config.json"
+    path.write_text(text)
+    message = refused(capsys, "--config", str(path))
+    assert words in message
+    assert "--config" in message
+
+
+@pytest.mark.parametrize(("model", "gpus"), [("8b", 8), ("70b", 64), ("405b", 1024)])
+def test_the_docs_have_what_the_plan_says(
+    model: str, gpus: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    docs = (Path(__file__).parents[1] / "docs" / "scale.md").read_text()
+    heading = docs.index(f"{model.upper()} on {gpus} GPUs** (")
+    section = docs[heading : docs.find("\n**", heading)]
+    rows = {
+        line.split("|")[1].replace("`", "").strip(): line
+        for line in section.splitlines()[2:]
+        if line.startswith("|")
+    }
+    out = run(capsys, "--model", f"llama-3-{model}", "--gpus", str(gpus), "--bandwidth", "4000")
+    assert out.splitlines()[0].split()[0] in section
+    shown = 0
+    for line in out.splitlines()[2:-1]:
+        name, cells = line[:24].strip(), line[24:].split()
+        if name in rows:
+            found = [cell.strip() for cell in rows[name].split("|")[2:-1]]
+            beside = cells[3] if cells[3] != "0.00" else ""
+            assert found == [*cells[:3], beside, *cells[4:6], f"{cells[6]} ms"]
+            shown += 1
+    assert shown == 5
