@@ -575,7 +575,6 @@ class FusedOptimizer(Optimizer):
                 registered is not None
                 and registered.device_step is None
                 and self._is_current(registered, options)
-                and registered.ranks is ranks
                 and registered.native.matches(self._param_lists(), self._state)
             ):
                 outcome = registered.step(
@@ -634,7 +633,6 @@ class FusedOptimizer(Optimizer):
             registered is not None
             and registered.device_step is not None
             and self._is_current(registered, options)
-            and registered.ranks is self._ranks
             and registered.native.matches(self._param_lists(), self._state)
         ):
             outcome = registered.step(
@@ -1013,8 +1011,8 @@ class FusedOptimizer(Optimizer):
         former: dict[Tensor, frozenset[str] | None] = {}  # keys of the states to which some are new
         registered: RegisteredList | None = None
         averages = options.ema_decay is not None
-        seeds = self._seeds()
         ranks = self._ranks
+        seeds = self._seeds()
 
         def undo() -> None:
             for param, keys in former.items():
@@ -1086,7 +1084,7 @@ class FusedOptimizer(Optimizer):
             device_step = None
             if inputs is not None:
                 device_step = self._new_device_step(inputs.plans[0].schedule_step.device, members)
-            registered = RegisteredList(members, self.engine, averages, device_step, seeds, ranks)
+            registered = RegisteredList(members, self.engine, averages, device_step, ranks, seeds)
             outcome = registered.step(
                 current,
                 steps=steps,
@@ -1108,9 +1106,9 @@ class FusedOptimizer(Optimizer):
     def _is_current(self, registered: RegisteredList, options: StepOptions) -> bool:
         """Whether a list is registered for such steps; what its tensors are is not asked."""
         averages = options.ema_decay is not None
-        return registered.averages is averages and (
-            not registered.draws or registered.seeds == self._seeds()
-        )
+        if registered.averages is not averages or registered.ranks is not self._ranks:
+            return False
+        return not registered.draws or registered.seeds == self._seeds()
 
     def _seeds(self) -> list[int]:
         seeds = []
@@ -1442,16 +1440,16 @@ class FusedOptimizer(Optimizer):
         """
         found = self.state_dict()
         names = [name for name in STATE_KINDS if name in self._known_states]
-        found["state"] = {key: dict(state) for key, state in found["state"].items()}
+        left_out = {*map(scale_key, names), *BESIDE_KEYS}
         for group in found["param_groups"]:
             del group[CODED]
-        for state in found["state"].values():
+        for key, state in found["state"].items():  # the optimizer's own dicts
             present = [name for name in names if name in state]
             kinds = [STATE_KINDS[name] for name in present]
-            for name, value in decoded_states(local_state(state), present, kinds).items():
-                state[name] = wrapped(value, state[name])
-            for key in (*map(scale_key, names), *BESIDE_KEYS):
-                state.pop(key, None)
+            kept = {name: value for name, value in state.items() if name not in left_out}
+            decoded = decoded_states(local_state(state), present, kinds)
+            wrapped_again = {name: wrapped(value, state[name]) for name, value in decoded.items()}
+            found["state"][key] = {**kept, **wrapped_again}
         return found
 
     def memory_report(self) -> MemoryReport:

@@ -38,6 +38,7 @@ from torch import Tensor
 
 from fused_adamw.shards import (
     block_shape,
+    block_split,
     is_sharded,
     local_of,
     sliced,
@@ -106,20 +107,25 @@ def localized_state(saved: dict[str, Any], param: Tensor) -> dict[str, Any]:
         param: the parameter.
     """
     found = dict(saved)
-    fit = blocks_fit(param)
+    sharded = is_sharded(param)
+    split = split_for_blocks(param, BLOCK) if sharded else None
+    whole_split = block_split(param.shape, {}, BLOCK)
     for name, kind in STATE_KINDS.items():
         value, scale = saved.get(name), saved.get(scale_key(name))
-        if not isinstance(value, Tensor) or not isinstance(scale, Tensor):
+        if not isinstance(value, Tensor) or not isinstance(scale, Tensor) or is_sharded(scale):
             continue
-        split = split_for_blocks(param, BLOCK) if is_sharded(param) else None
-        if split is not None and not is_sharded(scale) and fit:
+        shapes = [torch.Size((-(-param.numel() // BLOCK),))]
+        if whole_split is not None:
+            shapes.append(block_shape(param.shape, whole_split, BLOCK))
+        if scale.shape not in shapes or value.shape != param.shape:
+            continue  # refused by `convert_state`
+        if split is not None:
             shape = block_shape(param.shape, split, BLOCK)
-            if scale.numel() == shape.numel():
-                found[scale_key(name)] = sliced(scale.reshape(shape), param)
-        elif is_sharded(param) and not is_sharded(value):
+            found[scale_key(name)] = sliced(scale.reshape(shape), param)
+        elif sharded and not is_sharded(value):
             found[name] = decode_state(value, scale.reshape(-1), kind)
             del found[scale_key(name)]
-        elif not is_sharded(scale):
+        else:
             found[scale_key(name)] = scale.reshape(-1)
     if is_sharded(param):
         for name, value in found.items():

@@ -116,8 +116,8 @@ class RegisteredList:
     engine: str
     averages: bool = False  # whether it has averages of its parameters
     device_step: DeviceStep | None = None  # where coefficients are worked out on the device
-    seeds: Sequence[int] = ()  # of each group: where the members' random keys are from
     ranks: Ranks | None = None  # which share the parameters, or their norm
+    seeds: Sequence[int] = ()  # of each group: where the members' random keys are from
     draws: bool = field(init=False)  # whether anything is rounded stochastically
     native: _C.ParameterList = field(init=False)
     _sharded: bool = field(init=False)  # whether there is a DTensor

@@ -155,7 +155,7 @@ def columns_on_other_engines(rank: int, engines: list[str]) -> list[str]:
 
 
 def test_shards_of_columns_on_other_engines() -> None:
-    engines = ["reference"]
+    engines = ["reference", "cuda-on-host"]
     if triton.unavailable_reason() is None and triton.interpreted():
         engines.append("triton")
     assert on_ranks.run(columns_on_other_engines, 2, engines) == [[]] * 2
