@@ -167,11 +167,7 @@ py::tuple state_kinds(const Bucket& bucket) {
 template <class Take>
 auto with_runs(const Bucket& bucket, Take&& take) {
   if (!has_runs(bucket)) return take(bucket);
-  if (bucket.observed != nullptr) {
-    throw py::value_error(
-        "telemetry: found shards of columns that are rounded stochastically, accepted: with the "
-        "engines 'cpu' and 'reference'");
-  }
+  if (bucket.observed != nullptr) throw py::value_error("runs are not observed");
   return take(in_runs(bucket));
 }
 
@@ -362,6 +358,7 @@ PYBIND11_MODULE(_C, m) {
           "offsets",
           [](const Bucket& b) { return column<std::int64_t>(b, [](auto& t) { return t.offset; }); },
           &set_offsets)
+      .def_property_readonly("has_runs", &has_runs)
       .def_property_readonly("runs",
                              [](const Bucket& b) {
                                return py::make_tuple(

@@ -1521,9 +1521,17 @@ def master_parameters(optimizer: FusedOptimizer) -> Iterator[Tensor]:
 
     Copies, of which changes do not reach the optimizer. Where nothing is beside a parameter, or a
     first step is still to come, it is the parameter's own value.
+
+    Raises:
+        TypeError: an optimizer of another library.
+        RuntimeError: within `FusedOptimizer.swap_ema`, where the parameters are averages.
     """
-    for _, param, layout in optimizer._layouts():
-        yield optimizer._full_value(param, layout)
+    if not isinstance(optimizer, FusedOptimizer):
+        raise TypeError(
+            f"optimizer: found {type(optimizer).__name__}, accepted: an optimizer of fused_adamw"
+        )
+    optimizer._refuse_swapped("master_parameters")
+    return (optimizer._full_value(param, layout) for _, param, layout in optimizer._layouts())
 
 
 def _asks_for_states() -> bool:

@@ -1042,3 +1042,14 @@ def test_a_parameter_that_a_format_does_not_take_is_named() -> None:
     with pytest.raises(ValueError, match=r"parameter 1 \('half'\): precision: found 'split'"):
         optimizer.add_param_group(bad)
     assert len(optimizer.param_groups) == 1
+
+
+def test_master_parameters_are_refused_where_they_would_be_wrong() -> None:
+    params = make_params(BF16)
+    optimizer = new("AdamW", "split", params, ema_decay=0.5)
+    train(optimizer, params, range(2))
+    with optimizer.swap_ema(), pytest.raises(RuntimeError, match="master_parameters"):
+        master_parameters(optimizer)
+    plain: Any = torch.optim.AdamW(params)
+    with pytest.raises(TypeError, match="optimizer: found AdamW"):
+        master_parameters(plain)

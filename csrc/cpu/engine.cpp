@@ -406,7 +406,7 @@ struct RandomWords {
   static constexpr int kMost = kBlock / 2 + 1;  // an element may be the second of its word
   alignas(64) std::uint32_t words[kMost];
   alignas(64) std::uint32_t turned[kMost];
-  std::int64_t first;  // index of the first element
+  std::int64_t first = 0;  // index of the first element
   std::uint32_t count;
 
   // Indices of words may pass a multiple of 2^32.

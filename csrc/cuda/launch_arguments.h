@@ -1,8 +1,10 @@
 // The argument block of one launch: pointers, sizes and coefficients of hundreds of tensors.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <cstring>
+#include <limits>
 
 #include "core/bucket.h"
 #include "core/pass.h"
@@ -101,7 +103,12 @@ void pack(const Bucket& bucket, const Launch& launch,
   arguments.has_ema = bucket.has_ema;
   arguments.zero_grads = bucket.zero_grads;
   arguments.observed = reinterpret_cast<Observation*>(bucket.observed);
-  arguments.chunk = bucket.tensors[static_cast<std::size_t>(launch.tensors.front())].chunk;
+  // Chunks are numbered by class and param group, which a launch's tensors are not sorted by.
+  arguments.chunk = std::numeric_limits<std::int64_t>::max();
+  for (const std::int64_t tensor : launch.tensors) {
+    arguments.chunk =
+        std::min(arguments.chunk, bucket.tensors[static_cast<std::size_t>(tensor)].chunk);
+  }
   for (std::size_t i = 0; i < launch.tensors.size(); ++i) {
     const TensorEntry& tensor = bucket.tensors[static_cast<std::size_t>(launch.tensors[i])];
     for (int s = 0; s < Arguments::kSlots; ++s) arguments.slot[s][i] = tensor.slot[s];

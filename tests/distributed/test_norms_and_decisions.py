@@ -9,7 +9,7 @@ from typing import Any
 import on_ranks
 import pytest
 import torch
-from sharded_training import F32, LOUD, Pair, drawn, spread
+from sharded_training import BF16, F32, LOUD, Pair, drawn, spread
 from test_sharded_step import Net, placed
 from torch import distributed, nn
 from torch.distributed.tensor import Replicate, Shard, init_device_mesh
@@ -159,11 +159,18 @@ def test_grad_scaler() -> None:
     assert not any(map(torch.equal, first[1][1:], first[2][1:]))
 
 
-def telemetry_of_shards(rank: int) -> list[Any]:
-    """Of classes that alternate in the list, what each param group's shards add up to."""
+def telemetry_of_shards(rank: int, engine: str) -> list[Any]:
+    """Of classes that alternate in the list, what each param group's shards add up to.
+
+    The bucket of bfloat16 begins with the class that comes second.
+    """
     mesh = init_device_mesh("cpu", (2,))
     shapes = [(40, 600), (3,), (7, 600), (5,), (2, 2), (9, 4)]
-    grads, values = drawn(shapes, F32, 5), drawn(shapes, F32, 6)
+    dtypes = [F32, BF16, BF16, F32, F32, BF16]
+    grads, values = (
+        [x.to(dtype) for x, dtype in zip(drawn(shapes, F32, seed), dtypes, strict=True)]
+        for seed in (5, 6)
+    )
     placements = [Shard(0), Replicate(), Shard(0), Replicate(), Shard(0), Replicate()]
     params = [
         nn.Parameter(spread(value, mesh, [placement]))
@@ -172,7 +179,7 @@ def telemetry_of_shards(rank: int) -> list[Any]:
     for param, grad in zip(params, grads, strict=True):
         param.grad = spread(grad, mesh, param.placements)
     groups = [{"params": params[:3]}, {"params": params[3:]}]
-    optimizer = FusedAdamW(groups, telemetry=True, max_grad_norm=1.0)
+    optimizer = FusedAdamW(groups, telemetry=True, max_grad_norm=1.0, engine=engine)
     optimizer.step()
     local = [
         math.sqrt(sum(float(p.grad.to_local().double().square().sum()) for p in group["params"]))
@@ -182,10 +189,39 @@ def telemetry_of_shards(rank: int) -> list[Any]:
     return [[x.grad_norm for x in optimizer.telemetry()], local, optimizer.grad_norm.item(), total]
 
 
-def test_telemetry_and_norm_of_classes_that_alternate() -> None:
-    for observed, local, norm, total in on_ranks.run(telemetry_of_shards, 2):
+@pytest.mark.parametrize("engine", ["cpu", "cuda-on-host"])
+def test_telemetry_and_norm_of_classes_that_alternate(engine: str) -> None:
+    for observed, local, norm, total in on_ranks.run(telemetry_of_shards, 2, engine):
         assert observed == pytest.approx(local, rel=1e-6)
         assert norm == pytest.approx(total, rel=1e-6)
+
+
+def observed_shards_of_columns(rank: int, engine: str) -> tuple[str, bool]:
+    """What is said of telemetry of random bits in runs; whether all is as before then."""
+    mesh = init_device_mesh("cpu", (2,))
+    params = []
+    for dtype, placement in ((F32, Shard(0)), (BF16, Shard(1))):
+        param = nn.Parameter(spread(torch.ones(8, 16, dtype=dtype), mesh, [placement]))
+        param.grad = spread(torch.ones(8, 16, dtype=dtype), mesh, [placement])
+        params.append(param)
+    optimizer = FusedAdamW(params, telemetry=True, stochastic_rounding=True, engine=engine)
+    try:
+        optimizer.step()
+        message = ""
+    except RuntimeError as error:
+        message = str(error)
+    kept = all(bool((param.to_local() == 1).all()) for param in params)
+    return message, kept and not optimizer.state and optimizer.param_groups[0]["schedule_step"] == 0
+
+
+def test_telemetry_of_shards_of_columns_that_draw() -> None:
+    """An engine that cannot observe them says so before anything is written."""
+    for message, unchanged in on_ranks.run(observed_shards_of_columns, 2, "cuda-on-host"):
+        assert "telemetry: found shards of columns" in message
+        assert unchanged
+    for message, unchanged in on_ranks.run(observed_shards_of_columns, 2, "cpu"):
+        assert not message
+        assert not unchanged
 
 
 def meetings(rank: int) -> list[int]:
