@@ -108,23 +108,15 @@ def qwen3_30b_a3b(narrower: int = 1) -> Iterator[Shape]:
     )
 
 
+def _decoder(name: str, large: bool = False) -> Model:
+    """One whose configuration the package has."""
+    return Model(lambda: shapes_of(DECODERS[name]), "fused_adamw.decoder_shapes", large)
+
+
 MODELS = {
-    "gpt2": Model(
-        lambda: shapes_of(DECODERS["gpt2"]),
-        "openai-community/gpt2, config.json: n_layer 12, n_embd 768, vocab_size 50257, "
-        "n_positions 1024",
-    ),
-    "llama-3.2-1b": Model(
-        lambda: shapes_of(DECODERS["llama-3.2-1b"]),
-        "meta-llama/Llama-3.2-1B, config.json: num_hidden_layers 16, hidden_size 2048, "
-        "intermediate_size 8192, num_key_value_heads 8, head_dim 64, tie_word_embeddings true",
-    ),
-    "llama-3-8b": Model(
-        lambda: shapes_of(DECODERS["llama-3-8b"]),
-        "meta-llama/Meta-Llama-3-8B, config.json: num_hidden_layers 32, hidden_size 4096, "
-        "intermediate_size 14336, num_key_value_heads 8, tie_word_embeddings false",
-        large=True,
-    ),
+    "gpt2": _decoder("gpt2"),
+    "llama-3.2-1b": _decoder("llama-3.2-1b"),
+    "llama-3-8b": _decoder("llama-3-8b", large=True),
     "resnet50": Model(
         lambda: resnet(blocks=(3, 4, 6, 3), classes=1000),
         "He et al., arXiv 1512.03385, table 1, 50 layers, as torchvision's resnet50",

@@ -31,9 +31,10 @@ from torch.func import functional_call
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from train_gpt import param_groups
+from warmup import warmup_then
 
 from fused_adamw import FusedAdamW
-from fused_adamw.schedules import CosineAnnealing, LinearWarmup, Schedule, Sequential
+from fused_adamw.schedules import CosineAnnealing
 
 FORMATS: dict[str, dict[str, Any]] = {
     "fp32": {"precision": "fp32"},
@@ -142,13 +143,6 @@ class Run:
     moved: float | None
 
 
-def warmup_then_cosine(steps: int) -> Schedule:
-    """Up over the first 5% of the steps, then down to zero."""
-    warmup = max(1, steps // 20)
-    up = LinearWarmup(total_iters=warmup - 1, eta_min=1 / warmup)
-    return Sequential((up, CosineAnnealing(T_max=max(1, steps - warmup))), (warmup,))
-
-
 def evaluation_steps(steps: int) -> list[int]:
     """After how many steps the model is evaluated."""
     count = min(EVALUATIONS, steps)
@@ -174,7 +168,8 @@ def make_optimizer(
     name: str, model: nn.Module, task: Task, seed: int
 ) -> tuple[Optimizer, Callable[[], None]]:
     """The optimizer of a format or a peer, and what follows each of its steps."""
-    groups, schedule = param_groups(model, task.weight_decay), warmup_then_cosine(task.steps)
+    groups = param_groups(model, task.weight_decay)
+    schedule = warmup_then(CosineAnnealing, task.steps)
     if name in PEERS:
         module, cls = PEERS[name]
         peer: Optimizer = getattr(importlib.import_module(module), cls)(groups, **task.options)

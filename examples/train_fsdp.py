@@ -20,14 +20,13 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from gpt import GPT, GPTConfig, even_windows, load_text, random_windows, split_text
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 from torch import Tensor, distributed, nn
@@ -35,7 +34,8 @@ from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
-from train_gpt import param_groups
+from train_gpt import next_byte_loss, param_groups
+from warmup import warmup_then
 
 from fused_adamw import FusedAdamW
 from fused_adamw.checkpoint import LoadPlanner
@@ -43,28 +43,18 @@ from fused_adamw.schedules import (
     Constant,
     CosineAnnealing,
     CosineWarmRestarts,
-    LinearWarmup,
     Polynomial,
     Schedule,
-    Sequential,
 )
 
 PRECISIONS = ("fp32", "bf16", "master", "split", "kahan", "8bit")
-SCHEDULES = ("constant", "linear", "cosine", "warm-restarts")
-
-
-def make_schedule(name: str, steps: int) -> Schedule:
-    """Up over the first 5% of the steps, then as its name says, to zero but for "constant"."""
-    warmup = max(1, steps // 20)
-    rest = max(1, steps - warmup)
-    then: dict[str, Schedule] = {
-        "constant": Constant(),
-        "linear": Polynomial(total_iters=rest),
-        "cosine": CosineAnnealing(T_max=rest),
-        "warm-restarts": CosineWarmRestarts(T_0=-(-rest // 7), T_mult=2),  # three cycles
-    }
-    up = LinearWarmup(total_iters=warmup - 1, eta_min=1 / warmup)
-    return Sequential((up, then[name]), (warmup,))
+SCHEDULES: dict[str, Callable[[int], Schedule]] = {
+    "constant": lambda steps: Constant(),
+    "linear": Polynomial,
+    "cosine": CosineAnnealing,
+    "warm-restarts": lambda steps: CosineWarmRestarts(T_0=-(-steps // 7), T_mult=2),  # 3 cycles
+}
+"""What follows the warm-up, for so many steps: down to zero but for "constant"."""
 
 
 def make_model(args: argparse.Namespace, device: torch.device) -> GPT:
@@ -84,11 +74,6 @@ def share(windows: tuple[Tensor, Tensor], device: torch.device) -> tuple[Tensor,
     rank, ranks = distributed.get_rank(), distributed.get_world_size()
     inputs, targets = (x[rank::ranks].to(device) for x in windows)
     return inputs, targets
-
-
-def loss_of(model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
-    """Mean cross-entropy in nats a byte."""
-    return F.cross_entropy(model(inputs).flatten(0, 1).float(), targets.flatten())
 
 
 def mean_over_ranks(value: Tensor) -> float:
@@ -192,7 +177,7 @@ def train(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
         param_groups(model, args.weight_decay),
         lr=args.lr,
         betas=(0.9, 0.99),
-        schedule=make_schedule(args.schedule, args.steps),
+        schedule=warmup_then(SCHEDULES[args.schedule], args.steps),
         precision=args.precision,
         seed=args.seed,
         max_grad_norm=1.0,
@@ -209,7 +194,7 @@ def train(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
         for step in range(begun + 1, args.steps + 1):
             generator = torch.Generator().manual_seed(args.seed * 2**32 + step)
             windows = random_windows(training, args.batch_size, args.context, generator)
-            loss = loss_of(model, *share(windows, device))
+            loss = next_byte_loss(model, *share(windows, device), bf16=False)
             loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
             optimizer.zero_grad()
@@ -223,7 +208,7 @@ def train(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
         checkpoints.finish()
     with torch.no_grad():
         windows = even_windows(held_out, 64, args.context)
-        validation = mean_over_ranks(loss_of(model, *share(windows, device)))
+        validation = mean_over_ranks(next_byte_loss(model, *share(windows, device), bf16=False))
     return {
         "steps": args.steps,
         "resumed_from": begun,
@@ -261,7 +246,7 @@ def argument_parser() -> argparse.ArgumentParser:
     option("--lr", type=float, default=3e-3, help="peak of the learning rate")
     option("--weight-decay", type=float, default=0.1, help="of matrices, not of embeddings")
     option("--precision", choices=PRECISIONS, default="split", help="how parameters are kept")
-    option("--schedule", choices=SCHEDULES, default="cosine", help="of the learning rate")
+    option("--schedule", choices=list(SCHEDULES), default="cosine", help="of the learning rate")
     option("--seed", type=int, default=0, help="of weights, batches and random bits")
     option("--checkpoints", type=Path, metavar="FOLDER", help="where to write checkpoints")
     option("--checkpoint-every", type=int, default=50, metavar="STEPS", help="and the last one")

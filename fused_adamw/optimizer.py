@@ -1073,6 +1073,7 @@ class FusedOptimizer(Optimizer):
                         beside=(layout.beside, layout.beside_key) if layout.beside_key else None,
                         scales=tuple(map(scale_key, names)) if layout.state_dtype is None else (),
                         stochastic=layout.stochastic,
+                        draws=layout.draws,
                         random_key=_C.random_key(seeds[index], number),
                         averaged=averages,
                         unaveraged=unaveraged and begins,

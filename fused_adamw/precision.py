@@ -127,7 +127,7 @@ def localized_state(saved: dict[str, Any], param: Tensor) -> dict[str, Any]:
             del found[scale_key(name)]
         else:
             found[scale_key(name)] = scale.reshape(-1)
-    if is_sharded(param):
+    if sharded:
         for name, value in found.items():
             if isinstance(value, Tensor) and value.shape == param.shape and value.dim():
                 found[name] = value if is_sharded(value) else sliced(value, param)

@@ -73,6 +73,7 @@ class Member:
         beside: the name and the key of what keeps the parameter's lower bits, if anything does.
         scales: the keys of the scales of coded states; empty where they are not coded.
         stochastic: whether the parameter and its states are rounded stochastically.
+        draws: whether random bits decide how anything of it is rounded.
         random_key: of its random bits; see [note: random bits] in csrc/storage/random.h.
         averaged: whether the state has the average of the parameter.
         unaveraged: whether that begins with the next step.
@@ -94,6 +95,7 @@ class Member:
     beside: tuple[str, str] | None = None
     scales: tuple[str, ...] = ()
     stochastic: bool = False
+    draws: bool = False
     random_key: int = 0
     averaged: bool = False
     unaveraged: bool = False
@@ -118,7 +120,7 @@ class RegisteredList:
     device_step: DeviceStep | None = None  # where coefficients are worked out on the device
     ranks: Ranks | None = None  # which share the parameters, or their norm
     seeds: Sequence[int] = ()  # of each group: where the members' random keys are from
-    draws: bool = field(init=False)  # whether anything is rounded stochastically
+    draws: bool = field(init=False)  # whether random bits decide how anything is rounded
     native: _C.ParameterList = field(init=False)
     _sharded: bool = field(init=False)  # whether there is a DTensor
     # Addresses of the parameters that a step updated before an engine failed. Not the buckets: they
@@ -130,7 +132,7 @@ class RegisteredList:
     def __post_init__(self) -> None:
         sharded = [is_sharded(member.param) for member in self.members]
         self._sharded = any(sharded)
-        self.draws = any(member.stochastic or member.beside is not None for member in self.members)
+        self.draws = any(member.draws for member in self.members)
         self.native = _C.ParameterList(
             params=[member.param for member in self.members],
             states=[member.state for member in self.members],
@@ -176,7 +178,7 @@ class RegisteredList:
             hyperparameters: of each group.
             grads: the gradients; by default those of the parameters.
             is_state_held: whether someone else can reach the states, and may have moved them.
-            steps: taken by each group, where a member is rounded stochastically.
+            steps: taken by each group, where a member draws random bits.
             options: what is done beside the rule.
             measurements: where what is measured goes.
             inputs: with a `device_step`, what it takes.

@@ -446,6 +446,12 @@ def memory_of(held: Any) -> Iterator[Tensor]:
         yield from memory_of(vars(held))
 
 
+def take_captured_step(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(device_step, "_capturing", lambda device: True)
+        run.train(1)
+
+
 @pytest.mark.parametrize("captured", [False, True])
 def test_a_captured_step_keeps_its_memory(monkeypatch: pytest.MonkeyPatch, captured: bool) -> None:
     """As long as the optimizer lives, though reading its state gives up what is registered."""
@@ -453,9 +459,7 @@ def test_a_captured_step_keeps_its_memory(monkeypatch: pytest.MonkeyPatch, captu
     run.optimizer.found_inf = torch.tensor(0.0)
     run.train(1)
     if captured:
-        with monkeypatch.context() as patch:
-            patch.setattr(device_step, "_capturing", lambda device: True)
-            run.train(1)
+        take_captured_step(run, monkeypatch)
     registered = run.optimizer._registered
     assert registered is not None
     assert registered.device_step is not None
@@ -482,9 +486,7 @@ def test_steps_outside_leave_the_tables_of_a_captured_one(monkeypatch: pytest.Mo
     bias = run.model[0].bias
     run.train(1)
     for weight_decay in (0.3, 0.4):
-        with monkeypatch.context() as patch:
-            patch.setattr(device_step, "_capturing", lambda device: True)
-            run.train(1)
+        take_captured_step(run, monkeypatch)
         registered = run.optimizer._registered
         assert registered is not None
         assert registered.device_step is not None

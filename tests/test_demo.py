@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import runpy
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from scripts import refusal
 
 pytest.importorskip("rich")
 pytest.importorskip("matplotlib")
@@ -76,9 +76,4 @@ def test_refuses_bad_input(
     (tmp_path / "short.txt").write_text("a" * 100)
     (tmp_path / "empty.txt").touch()
     monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(SCRIPT.parent)
-    monkeypatch.setattr(sys, "argv", [str(SCRIPT), *TINY, *options])
-    with pytest.raises(SystemExit) as exit_info:
-        runpy.run_path(str(SCRIPT), run_name="__main__")
-    assert exit_info.value.code == 2
-    assert message in capsys.readouterr().err
+    assert message in refusal(SCRIPT, [*TINY, *options], monkeypatch, capsys)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import runpy
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from scripts import refusal
 
 for needed in ("rich", "matplotlib", "sklearn"):
     pytest.importorskip(needed)
@@ -68,12 +68,7 @@ def test_refuses_bad_input(
 ) -> None:
     (tmp_path / "short.txt").write_text("a" * 100)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(SCRIPT.parent)
-    monkeypatch.setattr(sys, "argv", [str(SCRIPT), "--steps=1", "--seeds=1", *options])
-    with pytest.raises(SystemExit) as exit_info:
-        runpy.run_path(str(SCRIPT), run_name="__main__")
-    assert exit_info.value.code == 2
-    assert message in capsys.readouterr().err
+    assert message in refusal(SCRIPT, ["--steps=1", "--seeds=1", *options], monkeypatch, capsys)
 
 
 @pytest.mark.parametrize("task", TASKS)

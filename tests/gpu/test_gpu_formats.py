@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from problems import same_bits
-from torch import Tensor, nn
+from held_state import assert_same, everything
+from torch import nn
 
 import fused_adamw as fa
 from fused_adamw import engine_status
@@ -118,23 +118,6 @@ def start(rule: str, params: list[nn.Parameter], fmt: Format, **options: Any) ->
         groups, **{"lr": 0.05, "weight_decay": 0.1, **fmt.options, **options}
     )
     return made
-
-
-def everything(optimizer: FusedOptimizer, params: list[nn.Parameter]) -> dict[str, Tensor]:
-    found = {f"param {i}": param.detach().cpu() for i, param in enumerate(params)}
-    for i, param in enumerate(params):
-        found |= {f"{name} {i}": value.cpu() for name, value in optimizer.state[param].items()}
-    return found
-
-
-def assert_same(want: dict[str, Tensor], got: dict[str, Tensor]) -> None:
-    assert want.keys() == got.keys()
-    for name, value in want.items():
-        assert value.dtype == got[name].dtype, name
-        if value.dtype in (BF16, F16, F32):
-            assert same_bits(value, got[name]), name
-        else:
-            assert torch.equal(value, got[name]), name
 
 
 @all_formats

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from family import CLASSES
+from held_state import assert_same, everything
 from problems import same_bits
 from torch import Tensor, nn
 
@@ -52,22 +53,6 @@ def start(cls: Any, params: list[nn.Parameter], **options: Any) -> FusedOptimize
     groups = [{"params": params[:2], "weight_decay": 0.2}, {"params": params[2:]}]
     optimizer: FusedOptimizer = cls(groups, **{"lr": 0.05, "weight_decay": 0.1, **options})
     return optimizer
-
-
-def everything(optimizer: FusedOptimizer, params: list[nn.Parameter]) -> dict[str, Tensor]:
-    found = {f"param {i}": param.detach().cpu() for i, param in enumerate(params)}
-    for i, param in enumerate(params):
-        found |= {f"{name} {i}": value.cpu() for name, value in optimizer.state[param].items()}
-    return found
-
-
-def assert_same(want: dict[str, Tensor], got: dict[str, Tensor]) -> None:
-    assert want.keys() == got.keys()
-    for name, value in want.items():
-        if value.dtype == torch.float64:
-            assert value == got[name], name
-        else:
-            assert same_bits(value, got[name]), name
 
 
 @contextmanager
