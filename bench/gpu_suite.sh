@@ -3,10 +3,10 @@
 #
 #   bench/gpu_suite.sh OUT_DIR [WHEELS]
 #
-# builds in place for the GPU that is here, runs the GPU tests, the step benchmark and
-# compute-sanitizer, and leaves logs, bench.json, pictures and summary.txt in OUT_DIR. Needed: a CUDA
-# toolkit, and a `python3` with torch, triton, pybind11, ninja, setuptools, numpy, pytest, hypothesis,
-# rich and matplotlib. WHEELS is a folder of wheels of other optimizers to measure beside ours; they
+# builds in place for the GPU that is here, runs the GPU tests, the benchmarks of a step, of the
+# formats and of DTensors, and compute-sanitizer, and leaves logs, bench.json, precision.json,
+# sharded.json, pictures and summary.txt in OUT_DIR. Needed: a CUDA toolkit, and a `python3` with
+# torch, triton, pybind11, ninja, setuptools, numpy, pytest, hypothesis, rich and matplotlib. WHEELS is a folder of wheels of other optimizers to measure beside ours; they
 # are installed without their dependencies below OUT_DIR, for this run alone. The most important
 # parts come first, each has its own time limit, and none depends on another's success. The exit code
 # is 0 if every part that could be run passed, 1 if one did not, 2 for a wrong call, 3 where there is
@@ -85,7 +85,7 @@ PYTHON
 }
 
 gpu_tests() {
-  python3 -m pytest -m gpu -q --durations=10 --continue-on-collection-errors tests
+  python3 -m pytest -m gpu -q --durations=10 --continue-on-collection-errors "$@"
 }
 
 verify() {
@@ -105,7 +105,11 @@ install_peers() { # target folder, wheels
 
 benchmark() {
   # The most important cases come first; where the time ends, what was measured is written.
-  python3 -m bench --device cuda --rounds 9 --block-ms 20 --json "$1/bench.json"
+  python3 -m bench --device cuda --rounds 9 --block-ms 20 --json "$@"
+}
+
+sharded() {
+  python3 -m bench.sharded --device cuda --json "$1/sharded.json"
 }
 
 sanitize() {
@@ -116,7 +120,7 @@ sanitize() {
     compute-sanitizer "${options[@]}" python3 -m bench.sanitize_case
 }
 
-export -f build engines gpu_tests verify install_peers benchmark sanitize
+export -f build engines gpu_tests verify install_peers benchmark sharded sanitize
 
 # --- Running them ---------------------------------------------------------------------------------
 
@@ -157,13 +161,17 @@ part() {
   note "$name" $((SECONDS - begin)) "$result" "$log"
 }
 
-rm -f -- "$out"/{setup,tests,bench,sanitizer}.log "$out"/{bench.json,summary.txt} "$out"/*.png
+shards=tests/gpu/test_gpu_distributed.py
+rm -f -- "$out"/{setup,tests,bench,sanitizer}.log "$out"/{bench.json,precision.json,sharded.json,summary.txt} "$out"/*.png
 rm -rf -- "$site"
 part build 180 setup.log build
 part engines 60 setup.log engines
-part tests 210 tests.log gpu_tests
+part tests 210 tests.log gpu_tests tests --ignore="$shards"
 ((${#wheels[@]})) && part peers 30 setup.log install_peers "$site" "${wheels[@]}"
-part benchmark 150 bench.log benchmark "$out"
+part benchmark 150 bench.log benchmark "$out/bench.json"
+part distributed 120 tests.log gpu_tests "$shards"
+part formats 60 bench.log benchmark "$out/precision.json" --task precision
+part sharded 40 bench.log sharded "$out"
 if command -v compute-sanitizer > /dev/null; then
   part memcheck 120 sanitizer.log sanitize memcheck
   part verify 60 tests.log verify
@@ -179,7 +187,7 @@ rm -rf -- "$site"
 {
   echo
   [[ -f $out/bench.log ]] && grep -v '^== ' "$out/bench.log"
-  grep -sE ' in [0-9.]+s' "$out/tests.log" | tail -n 1
+  grep -sE ' in [0-9.]+s' "$out/tests.log"
   echo
   printf '%-12s %7s  %-34s %s\n' part time result log
   printf '%s\n' "${lines[@]}"

@@ -16,7 +16,6 @@
 #include "core/bucket.h"
 #include "core/float_environment.h"
 #include "core/planner.h"
-#include "core/runs.h"
 #include "core/square_sum.h"
 #include "cpu/engine.h"
 #include "cuda/engine.h"
@@ -149,10 +148,22 @@ py::array_t<std::int64_t> scales(const Bucket& bucket) {
   return values;
 }
 
+py::array_t<std::int64_t> extents(const Bucket& bucket) {
+  py::array_t<std::int64_t> result(
+      {static_cast<py::ssize_t>(bucket.tensors.size()),
+       static_cast<py::ssize_t>(sizeof(Extent) / sizeof(std::int64_t))});
+  auto* to = reinterpret_cast<Extent*>(result.mutable_data());
+  for (const TensorEntry& tensor : bucket.tensors) *to++ = tensor.extent;
+  return result;
+}
+
 // For tests: what only shards have.
-void set_offsets(Bucket& bucket, const std::vector<std::int64_t>& offsets) {
-  if (offsets.size() != bucket.tensors.size()) throw py::value_error("offsets: one a tensor");
-  for (std::size_t i = 0; i < offsets.size(); ++i) bucket.tensors[i].offset = offsets[i];
+void set_extents(Bucket& bucket, const std::vector<std::array<std::int64_t, 3>>& extents) {
+  if (extents.size() != bucket.tensors.size()) throw py::value_error("extents: one a tensor");
+  for (std::size_t i = 0; i < extents.size(); ++i) {
+    const auto [offset, run, stride] = extents[i];
+    bucket.tensors[i].extent = {offset, run, stride};
+  }
 }
 
 py::tuple state_kinds(const Bucket& bucket) {
@@ -161,14 +172,6 @@ py::tuple state_kinds(const Bucket& bucket) {
     kinds.append(kStateKindNames[static_cast<int>(kind)]);
   }
   return py::tuple(kinds);
-}
-
-// A bucket as engines take it that know no runs: itself, or with a tensor for each run.
-template <class Take>
-auto with_runs(const Bucket& bucket, Take&& take) {
-  if (!has_runs(bucket)) return take(bucket);
-  if (bucket.observed != nullptr) throw py::value_error("runs are not observed");
-  return take(in_runs(bucket));
 }
 
 // A list's chunks by class and param group, kept beyond its next step.
@@ -354,17 +357,7 @@ PYBIND11_MODULE(_C, m) {
       .def_property_readonly(
           "keys",
           [](const Bucket& b) { return column<std::uint64_t>(b, [](auto& t) { return t.key; }); })
-      .def_property(
-          "offsets",
-          [](const Bucket& b) { return column<std::int64_t>(b, [](auto& t) { return t.offset; }); },
-          &set_offsets)
-      .def_property_readonly("has_runs", &has_runs)
-      .def_property_readonly("runs",
-                             [](const Bucket& b) {
-                               return py::make_tuple(
-                                   column<std::int64_t>(b, [](auto& t) { return t.run; }),
-                                   column<std::int64_t>(b, [](auto& t) { return t.stride; }));
-                             })
+      .def_property("extents", &extents, &set_extents)
       .def_readonly("device_type", &Bucket::device_type)
       .def_readonly("device_index", &Bucket::device_index)
       .def_readonly("numel", &Bucket::numel)
@@ -411,12 +404,12 @@ PYBIND11_MODULE(_C, m) {
                        py::list scalars, py::list fresh, py::list besides, py::list scales,
                        py::list stochastic, py::list keys, py::list averages, py::list unaveraged,
                        py::list active, py::list groups, py::list labels, py::list sharded,
-                       py::list places, py::list classes, bool on_device, py::object restride,
+                       py::list extents, py::list classes, bool on_device, py::object restride,
                        py::object to_local, py::object mismatch, py::object tensor_type,
                        py::object increment_version) {
              for (const py::list& list :
                   {states, names, counts, scalars, fresh, besides, scales, stochastic, keys,
-                   averages, unaveraged, active, groups, labels, sharded, places, classes}) {
+                   averages, unaveraged, active, groups, labels, sharded, extents, classes}) {
                if (list.size() != params.size()) {
                  throw py::value_error("lists of one registration differ in length");
                }
@@ -424,14 +417,14 @@ PYBIND11_MODULE(_C, m) {
              return std::make_unique<host::ParameterList>(host::Registration{
                  params,    states,   names,      counts,   scalars,     fresh,
                  besides,   scales,   stochastic, keys,     averages,    unaveraged,
-                 active,    groups,   labels,     sharded,  places,      classes,
+                 active,    groups,   labels,     sharded,  extents,     classes,
                  on_device, restride, to_local,   mismatch, tensor_type, increment_version});
            }),
            py::kw_only(), py::arg("params"), py::arg("states"), py::arg("names"), py::arg("counts"),
            py::arg("scalars"), py::arg("fresh"), py::arg("besides"), py::arg("scales"),
            py::arg("stochastic"), py::arg("keys"), py::arg("averages"), py::arg("unaveraged"),
            py::arg("active"), py::arg("groups"), py::arg("labels"), py::arg("sharded"),
-           py::arg("places"), py::arg("classes"), py::arg("on_device"), py::arg("restride"),
+           py::arg("extents"), py::arg("classes"), py::arg("on_device"), py::arg("restride"),
            py::arg("to_local"), py::arg("mismatch"), py::arg("tensor_type"),
            py::arg("increment_version"))
       .def("remember", &host::ParameterList::remember, py::arg("param_lists"), py::arg("states"))
@@ -569,10 +562,8 @@ PYBIND11_MODULE(_C, m) {
         if (bucket.device_type != dlpack::kCuda) {
           throw py::value_error("the tensors are not on a CUDA device");
         }
-        return with_runs(bucket, [](const Bucket& b) {
-          const py::gil_scoped_release release;
-          return cuda::update(b, b.stream);
-        });
+        const py::gil_scoped_release release;
+        return cuda::update(bucket, bucket.stream);
       },
       py::arg("bucket"));
   m.def(
@@ -603,10 +594,8 @@ PYBIND11_MODULE(_C, m) {
       "update_cuda_on_host",
       [](const Bucket& bucket) {
         require_cpu(bucket);
-        with_runs(bucket, [](const Bucket& b) {
-          const py::gil_scoped_release release;
-          cuda::update_on_host(b);
-        });
+        const py::gil_scoped_release release;
+        cuda::update_on_host(bucket);
       },
       py::arg("bucket"));
   m.def(
@@ -617,10 +606,6 @@ PYBIND11_MODULE(_C, m) {
         cuda::square_sums_on_host(bucket, doubles_at(partials));
       },
       py::arg("bucket"), py::arg("partials"));
-  m.def(
-      "in_runs",
-      [](const Bucket& bucket) { return with_runs(bucket, [](const Bucket& b) { return b; }); },
-      py::arg("bucket"));
   m.def("count_cuda_launches", &cuda::count_launches, py::arg("bucket"));
   m.attr("CHUNK") = kChunk;
 

@@ -112,12 +112,6 @@ class Measurements:
             raise RuntimeError(
                 "telemetry: found the engine 'triton', accepted: 'cpu', 'cuda' or 'reference'"
             )
-        for engine, bucket in zip(engines, buckets, strict=True):
-            if bucket.has_runs and not engine.knows_runs:
-                raise RuntimeError(
-                    "telemetry: found shards of columns that draw random bits, accepted: with the "
-                    "engines 'cpu' and 'reference'"
-                )
         columns = _columns(native, buckets, _C.OBSERVED)
         if len(columns) > 1:
             raise RuntimeError("telemetry: found parameters on several devices, accepted: on one")

@@ -150,7 +150,7 @@ class RegisteredList:
             groups=[member.group for member in self.members],
             labels=[member.label for member in self.members],
             sharded=sharded,
-            places=[member.extent for member in self.members],
+            extents=[member.extent for member in self.members],
             classes=[member.norm_class for member in self.members],
             on_device=self.device_step is not None,
             restride=restride,

@@ -165,7 +165,7 @@ def block_shape(shape: torch.Size, split: int, block: int) -> torch.Size:
 
 
 class Extent(NamedTuple):
-    """Where a shard's elements are in the whole tensor: [note: runs] in csrc/core/runs.h.
+    """Where a shard's elements are in the whole tensor: [note: runs] in csrc/core/extent.h.
 
     Attributes:
         offset: number of its first element, in row-major order.

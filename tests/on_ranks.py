@@ -1,4 +1,4 @@
-"""Runs a function in several processes that make up a process group, on the CPU with gloo.
+"""Runs a function in several processes that make up a process group, with gloo unless told.
 
 Processes are forked from a server that has imported torch once, so that each costs milliseconds.
 They meet by way of a file: there is no port to be taken by somebody else.
@@ -36,7 +36,11 @@ needs_gloo = pytest.mark.skipif(
 
 
 def run(
-    function: Callable[..., Any], world_size: int, *args: Any, seconds: float = SECONDS
+    function: Callable[..., Any],
+    world_size: int,
+    *args: Any,
+    seconds: float = SECONDS,
+    backend: str = "gloo",
 ) -> list[Any]:
     """Calls ``function(rank, *args)`` in a process for each rank.
 
@@ -45,6 +49,7 @@ def run(
         world_size: how many.
         *args: picklable.
         seconds: after which all are killed.
+        backend: of the process group.
 
     Returns:
         What each rank returned: tensors and plain values.
@@ -55,7 +60,7 @@ def run(
         ends, processes = [], []
         for rank in range(world_size):
             mine, theirs = _context.Pipe(duplex=False)
-            arguments = (function, rank, world_size, args, folder, seconds, theirs)
+            arguments = (function, rank, world_size, args, backend, folder, seconds, theirs)
             process = _context.Process(target=_on_rank, args=arguments, daemon=True)
             process.start()
             theirs.close()
@@ -113,6 +118,7 @@ def _on_rank(
     rank: int,
     world_size: int,
     args: tuple[Any, ...],
+    backend: str,
     folder: str,
     seconds: float,
     connection: Connection,
@@ -127,7 +133,7 @@ def _on_rank(
         try:
             store = distributed.FileStore(str(Path(folder) / "store"), world_size)
             distributed.init_process_group(
-                "gloo",
+                backend,
                 store=store,
                 rank=rank,
                 world_size=world_size,

@@ -21,23 +21,18 @@ from fused_adamw.triton_kernels import RULES
 
 pytestmark = pytest.mark.xdist_group("compiled kernels")
 
+ELEMENTS_OF_A_THREAD = 16  # at once, where states are coded
 BYTES_IN_FLIGHT = 48 * 1024  # what an SM of an H200 needs on its way to keep the memory busy
 
 
 # Kernels of whole steps also hold what is observed and averaged, in 128 registers against half of
-# the warps that more would cost: they may spill what a thread reads once. The tick's one thread a
-# parameter may spill.
+# the warps that more would cost: those of three coded states spill what a thread reads once. The
+# tick's one thread a parameter may spill.
 WHOLE_STEPS_THAT_SPILL = {
-    *("adagrad whole", "adamax whole", "lion whole", "sgd momentum nesterov whole"),
-    *("adam l2 whole", "adam nesterov whole", "adam l2 nesterov whole"),
-    *("adam amsgrad whole", "adam l2 amsgrad whole"),
-    *("rmsprop whole", "rmsprop momentum whole", "rmsprop centered momentum whole"),
+    *("adam amsgrad whole", "adam l2 amsgrad whole", "rmsprop centered momentum whole"),
 }
-# Three states joined with something, in 80 registers, for 8.0 and 10.0; and all in bfloat16, in 64.
-STEPS_THAT_SPILL = {
-    *("adam amsgrad", "adam l2 amsgrad", "rmsprop centered momentum"),
-    "adam l2 nesterov",
-}
+# All in bfloat16, in 64 registers; and for 10.0 three states of mixed dtypes, in 80.
+STEPS_THAT_SPILL = {"adam l2 nesterov", "rmsprop centered momentum"}
 # ptxas stops at 64 registers, which let four blocks be resident, and spills two more.
 KNOWN_TO_SPILL = {
     "triton-adamax-float32-bfloat16-float32-sm90",
@@ -63,7 +58,7 @@ EXPECTED = {
     "lion": Expected(1, 0, 0),
 }
 OPTIONS_WITH_A_STATE = {"amsgrad", "centered", "momentum"}
-MOST_STACK_OF_A_WHOLE_STEP = 32  # bytes a thread
+MOST_STACK_OF_A_WHOLE_STEP = 16  # bytes a thread
 UNIFORM = (("float32",) * 3, ("bfloat16",) * 3)
 # Dtypes, or where they are told apart at run time the storage.
 STORAGES = {"cuda": {*UNIFORM, "mixed", "joined"}, "triton": {*build.TRITON_FORMATS}}
@@ -125,7 +120,9 @@ def test_accesses_to_coded_states_are_wide(compiled_kernels: list[Compiled]) -> 
         # A bfloat16 or float32 parameter, its remainder and the gradient; the states.
         assert wide["LDG"] >= 2 + 4 + 1 + 2 + states, str(kernel)
         assert wide["STG"] >= 2 + 4 + 1 + states, str(kernel)
-        assert not any(re.match(r"I2F|F2I|I2FP", name) for name in count), str(kernel)
+        # The division of an index has some; of codes there would be one an element.
+        conversions = sum(n for name, n in count.items() if re.match(r"I2F|F2I", name))
+        assert conversions < ELEMENTS_OF_A_THREAD, str(kernel)
         if states:
             assert count["SHFL.BFLY"] >= 2 * states, str(kernel)
 

@@ -32,10 +32,11 @@ from problems import (
 )
 from torch import Tensor
 
-from fused_adamw import _C, engines
+from fused_adamw import _C, engines, shards
 from fused_adamw.device_step import Amp, DeviceInputs, DeviceStep, GroupPlan
 from fused_adamw.measurements import GroupTelemetry, Measurements
 from fused_adamw.registration import Member, RegisteredList
+from fused_adamw.shards import Extent
 from fused_adamw.whole_step import EMA, PLAIN, Outcome, StepOptions
 
 CODES = "code8"
@@ -88,6 +89,7 @@ FORMATS = (
     *[Format(BF16, grad, CODES, "remainder8") for grad in (BF16, F32)],
     *[Format(BF16, grad, BF16, "compensation") for grad in (BF16, F32)],
 )
+DRAWING = [fmt for fmt in FORMATS if fmt.stochastic or fmt.beside == "remainder8"]
 RULES: dict[str, tuple[Rule, Group]] = {
     "adam": (ADAM, {"decay": "lr", "amsgrad": False}),
     "adam amsgrad": (ADAM, {"decay": "l2", "amsgrad": True}),
@@ -116,7 +118,7 @@ class Case:
         numels: of the parameters.
         values: a key of `DRAWS`.
         misaligned: by how many elements arrays lie off a 64-byte boundary, one after the other.
-        offset: index of each parameter's first element in the whole tensor.
+        extent: where the elements of each parameter are in the whole tensor.
         options: what steps do beside the rule.
         device: whether coefficients are worked out as on a device.
         found_inf: whether the scaler tells such a step of an overflow.
@@ -127,7 +129,7 @@ class Case:
     numels: Sequence[int] = (200, 64)
     values: str = "normal"
     misaligned: Sequence[int] = (0,)
-    offset: int = 0
+    extent: Extent = shards.WHOLE
     options: StepOptions = PLAIN
     device: bool = False
     found_inf: bool = False
@@ -233,7 +235,7 @@ class Run:
         engine = engines._BY_NAME[self.engine]
 
         def update(bucket: _C.Bucket, hyperparameters: Sequence[_C.Hyperparameters]) -> None:
-            bucket.offsets = np.full(len(members), self.case.offset)
+            bucket.extents = np.array([self.case.extent] * len(members))
             engine.update(bucket, hyperparameters)
 
         registered._engine = lambda bucket: engine._replace(update=update)
@@ -307,8 +309,36 @@ def test_views_off_a_boundary(fmt: Format, values: str, misaligned: tuple[int, .
 )
 def test_shards(fmt: Format, offset: int) -> None:
     numels = (7, 48, 4096 + 37, CHUNK + 70)
-    assert_same(Case(fmt, "adam", numels, offset=offset))
-    assert_same(Case(fmt, "adam", numels, misaligned=(1,), offset=offset))
+    for misaligned in ((0,), (1,)):
+        assert_same(Case(fmt, "adam", numels, misaligned=misaligned, extent=Extent(offset)))
+
+
+@pytest.mark.parametrize("fmt", DRAWING, ids=str)
+@pytest.mark.parametrize(
+    "extent",
+    [
+        Extent(64, 64, 256),
+        Extent(2**33 - 4099, 192, 1001),  # of numbers that do not begin a word
+        Extent(128, 64, 2**33 + 3),  # each run draws from streams of its own
+        Extent(5, CHUNK + 64, 2**34),
+        Extent(3, 2**33, 2**35),  # longer than the shard
+    ],
+)
+def test_shards_of_columns(fmt: Format, extent: Extent) -> None:
+    numels = (64, 192 * 3, CHUNK + 2 * 4096)
+    for misaligned in ((0,), (1,)):
+        case = Case(fmt, "adam", numels, misaligned=misaligned, extent=extent, options=WHOLE)
+        expected, found = (run.measurements.telemetry() for run in assert_same(case))
+        assert expected is not None
+        assert found is not None
+        assert_same_telemetry(expected[0], found[0])
+
+
+@pytest.mark.parametrize("fmt", [f for f in DRAWING if f.state != CODES], ids=str)
+@pytest.mark.parametrize("run", [1, 2, 3, 7, 20])
+def test_shards_of_few_columns(fmt: Format, run: int) -> None:
+    """Fewer than a thread holds, and never coded: the runs of codes are whole blocks."""
+    assert_same(Case(fmt, "adam", (run * 3, 4200), extent=Extent(1, run, 1001)))
 
 
 @all_formats

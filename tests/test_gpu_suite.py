@@ -42,6 +42,9 @@ PARTS = [
     "engines",
     "tests",
     "benchmark",
+    "distributed",
+    "formats",
+    "sharded",
     "memcheck",
     "verify",
     "racecheck",
@@ -103,7 +106,7 @@ def test_all_parts_in_order(suite: Suite) -> None:
 @pytest.mark.parametrize(
     ("cause", "failed"),
     [
-        ("PYTEST_RESULT", {"tests"}),
+        ("PYTEST_RESULT", {"tests", "distributed"}),
         ("BUILD_RESULT", {"build"}),
         ("SANITIZED_RESULT", {"memcheck", "racecheck", "initcheck", "synccheck"}),
     ],

@@ -685,8 +685,7 @@ def test_engine_updates_memory_in_place(
         coefficients=np.array([[np.nan, *row, 0] for row in factors], np.float32),
         emas=np.array([a.ctypes.data if a.size else 0 for a in averages if whole], np.int64),
         keys=np.zeros(len(steps), np.uint64),
-        offsets=np.zeros(len(steps), np.int64),
-        runs=(np.zeros(len(steps), np.int64),) * 2,
+        extents=np.zeros((len(steps), 3), np.int64),
         zero_grads=whole,
         observed=0,
     )

@@ -25,6 +25,7 @@ from fused_adamw import reference_formats as contract
 from fused_adamw.engines import reference as reference_engine
 from fused_adamw.engines import triton as engine
 from fused_adamw.registration import Member, RegisteredList
+from fused_adamw.shards import WHOLE, Extent
 from fused_adamw.triton_kernels import Format, beside, codes, random, storage, update
 from fused_adamw.whole_step import EMA, PLAIN, Outcome, StepOptions
 
@@ -297,8 +298,18 @@ def shown(bucket: Any, **changed: Any) -> SimpleNamespace:
 
 
 @pytest.mark.parametrize("format", DRAWING, ids=format_id)
-@pytest.mark.parametrize("begin", [2**32 - 70, 2**33 - 2000, 5 * 2**40 + 1])
-def test_shards_that_begin_anywhere(format: Format, begin: int) -> None:
+@pytest.mark.parametrize(
+    "extents",
+    [
+        *[
+            [WHOLE._replace(offset=begin)] * 2
+            for begin in (2**32 - 70, 2**33 - 2000, 5 * 2**40 + 1)
+        ],
+        [Extent(64, 128, 512), WHOLE],
+        [Extent(2**33 - 1999, 192, 1001), Extent(3, 64, 2**33 + 5)],
+    ],
+)
+def test_shards(format: Format, extents: list[Extent]) -> None:
     """What they draw depends on the index in the whole tensor, whose upper half may change."""
     problem = Problem(ADAM, [ADAM.groups()[0]], format, [(TILE + 100, 0), (100, 1)])
     hyperparameters = problem.hyperparameters()
@@ -308,7 +319,7 @@ def test_shards_that_begin_anywhere(format: Format, begin: int) -> None:
         native = problem.registered(memory, "auto").native
         assert native.gather(hyperparameters, problem.grads(memory), steps=[STEPS[1]])
         (bucket,) = native.buckets()
-        bucket = shown(bucket, offsets=np.full(len(problem.members), begin))
+        bucket = shown(bucket, extents=np.array(extents))
         if name == "triton":
             engine.run(bucket, device)  # type: ignore[arg-type]
         else:

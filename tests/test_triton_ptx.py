@@ -86,6 +86,8 @@ FORMATS = [
         zero_grads=True,
     ),
     Case(RULES["adamax"], (), (F32, BF16, CODE8), states=2, kinds=("signed", "magnitude")),
+    Case(RULES["adam"], ADAMW, (BF16, BF16, BF16), states=2, stochastic=True, runs=True),
+    Case(RULES["adam"], ADAMW, (BF16, BF16, CODE8), 2, "remainder8", kinds=MOMENTS, runs=True),
 ]
 CASES += [*WHOLE_STEPS, *FORMATS]
 NORM_DTYPES = [F32, BF16, F16]
@@ -99,7 +101,7 @@ Compiled = dict[str, str]  # see compile_case
 
 def label(case: Case) -> str:
     beside = [case.beside] if case.beside else ["stochastic"] * case.stochastic
-    passes = ["ema"] * case.ema + ["zero"] * case.zero_grads
+    passes = ["runs"] * case.runs + ["ema"] * case.ema + ["zero"] * case.zero_grads
     options = map(str, case.options)
     return "-".join([case.rule.__name__, *case.dtypes, *beside, *options, *passes])
 
@@ -132,10 +134,8 @@ def table_loads(case: Case) -> Counter[tuple[str, int]]:
     # The gradient's factor, the average's weight, the number of steps.
     coefficients = of_the_rule + 1 + case.ema + draws
     addresses = len(element_sizes(case)) + len(case.kinds)
-    chunk, numel, row, key, first = 2, 1, 1, draws, draws
-    return Counter(
-        {("ld", 32): chunk + coefficients, ("ld", 64): addresses + numel + row + key + first}
-    )
+    chunk, numel, row, source = 2, 1, 1, 2 * draws + 2 * case.layout.RUNS
+    return Counter({("ld", 32): chunk + coefficients, ("ld", 64): addresses + numel + row + source})
 
 
 all_cases = pytest.mark.parametrize("case", CASES, ids=label)
@@ -189,7 +189,7 @@ def test_operations_are_rounded_one_by_one(
 ) -> None:
     ptx = compiled[case]["ptx"]
     assert not re.search(r"\bfma\b|\bmad\.\S*f\d|\.ftz\b|\.approx\b|\.full\b", ptx)
-    assert set(re.findall(r"\b(?:div|sqrt)\.\S*", ptx)) <= {"div.rn.f32", "sqrt.rn.f32"}
+    assert set(re.findall(r"\b(?:div|sqrt)\.\S*f\d+", ptx)) <= {"div.rn.f32", "sqrt.rn.f32"}
 
 
 @pytest.mark.parametrize("case", [case for case in FORMATS if case.kinds], ids=label)

@@ -45,6 +45,7 @@ class Layout(NamedTuple):
         STOCHASTIC: see `Format`.
         KINDS: see `Format`.
         DRAWS: whether it takes random bits.
+        RUNS: whether a tensor's elements are in runs of the whole one; see `TensorList`.
         EMA: whether there is a moving average.
         ZERO_GRADS: whether the gradient is overwritten with zeros.
     """
@@ -54,16 +55,24 @@ class Layout(NamedTuple):
     STOCHASTIC: bool
     KINDS: tuple[str, ...]
     DRAWS: bool
+    RUNS: bool
     EMA: bool
     ZERO_GRADS: bool
 
 
-def layout(format: Format, states: int, ema: bool = False, zero_grads: bool = False) -> Layout:
+def layout(
+    format: Format,
+    states: int,
+    runs: bool = False,
+    ema: bool = False,
+    zero_grads: bool = False,
+) -> Layout:
     """The layout of a format.
 
     Args:
         format: the format.
         states: how many the rule has.
+        runs: whether elements that take random bits are in runs of the whole tensor.
         ema: whether there is a moving average.
         zero_grads: whether the gradient is overwritten with zeros.
     """
@@ -82,6 +91,7 @@ def layout(format: Format, states: int, ema: bool = False, zero_grads: bool = Fa
         format.stochastic,
         format.kinds,
         format.draws,
+        runs,
         ema,
         zero_grads,
     )

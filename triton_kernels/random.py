@@ -40,6 +40,16 @@ def stream(seed, upper, key_upper):
 
 
 @triton.jit
+def scramble(lower, first, second):
+    """The words whose indices have these lower 32 bits, of a `stream`."""
+    x = lower ^ first
+    x = multiply(x ^ (x >> 16), 0x7FEB352D)
+    x = add(x ^ (x >> 15), second)
+    x = multiply(x, 0x846CA68B)
+    return x ^ (x >> 16)
+
+
+@triton.jit
 def draw(key, step, begin, position):
     """uint32: random words.
 
@@ -59,12 +69,16 @@ def draw(key, step, begin, position):
     first, second = stream(seed, upper, key_upper)
     next_first, next_second = stream(seed, add(upper, 1), key_upper)
     passed = lower < begin_lower
+    first, second = tl.where(passed, next_first, first), tl.where(passed, next_second, second)
+    return scramble(lower, first, second)
 
-    x = lower ^ tl.where(passed, next_first, first)
-    x = multiply(x ^ (x >> 16), 0x7FEB352D)
-    x = add(x ^ (x >> 15), tl.where(passed, next_second, second))
-    x = multiply(x, 0x846CA68B)
-    return x ^ (x >> 16)
+
+@triton.jit
+def draw_at(key, step, index):
+    """As `draw`, of words whose global indices, int64, need not follow one another."""
+    seed = mix(add(key.to(tl.uint32), step))
+    first, second = stream(seed, (index >> 32).to(tl.uint32), (key >> 32).to(tl.uint32))
+    return scramble(index.to(tl.uint32), first, second)
 
 
 @triton.jit
@@ -83,6 +97,15 @@ def draw_shared(key, step, begin, position, BITS: tl.constexpr):
     place = (begin & (SHARE - 1)).to(tl.int32) + position
     word = draw(key, step, begin >> POWER, place >> POWER)
     return word, ((place & (SHARE - 1)) * BITS).to(tl.uint32)
+
+
+@triton.jit
+def draw_shared_at(key, step, number, BITS: tl.constexpr):
+    """As `draw_shared`, of elements whose global indices, int64, need not follow one another."""
+    SHARE: tl.constexpr = 32 // BITS
+    POWER: tl.constexpr = 1 if BITS == 16 else 2
+    word = draw_at(key, step, number >> POWER)
+    return word, ((number & (SHARE - 1)) * BITS).to(tl.uint32)
 
 
 @triton.jit

@@ -37,6 +37,8 @@ class TensorList(NamedTuple):
             order of memory; None: they are not coded.
         sources: int64 [tensors, 2]: key of the random bits, index of the first element in the
             whole tensor, which a shard is a part of; None: nothing is drawn.
+        runs: int64 [tensors, 2]: how many elements follow each other in the whole tensor, how far
+            apart there the first ones of two such runs are; None: all follow each other.
     """
 
     addresses: torch.Tensor
@@ -46,12 +48,13 @@ class TensorList(NamedTuple):
     emas: torch.Tensor | None = None
     scales: torch.Tensor | None = None
     sources: torch.Tensor | None = None
+    runs: torch.Tensor | None = None
 
     def columns(self) -> list[torch.Tensor]:
         """int64 [tensors, any]: side by side they are the records of `update_kernel`."""
         columns = (
             *(self.addresses, self.besides, self.emas, self.scales),
-            *(self.numels, self.rows, self.sources),
+            *(self.numels, self.rows, self.sources, self.runs),
         )
         rows = len(self.numels)
         return [column.view(rows, -1).long() for column in columns if column is not None]

@@ -17,7 +17,7 @@ from .beside import join, split
 from .codes import BLOCK as CODE_BLOCK
 from .codes import decode, encode
 from .formats import Format, Layout, layout
-from .random import draw_shared, narrow_randomly, word_of_state
+from .random import draw_shared, draw_shared_at, narrow_randomly, word_of_state
 from .storage import narrow, widen
 from .tables import TensorList, chunk_table, load_scalars, resident, table_memory
 
@@ -82,7 +82,7 @@ def update_range(
     Args:
         addresses: of the arrays, then of the scales of coded states.
         source: of random bits, where there are any: key, index of the first element in the whole
-            tensor.
+            tensor; with runs what `TensorList` has of them.
         begin: int64; with codes a multiple of CODE_BLOCK.
         end: int64; with codes and ALIGNED too.
         coefficients: see `update_kernel`.
@@ -133,7 +133,11 @@ def update_range(
     if LAYOUT.DRAWS:
         BITS: tl.constexpr = 16 if LAYOUT.STOCHASTIC else 8
         step = coefficients[RULE_END + 2].to(tl.uint32, bitcast=True)
-        word, place = draw_shared(source[0], step, source[1] + begin, position, BITS)
+        if LAYOUT.RUNS:
+            number = source[1] + index + index // source[2] * (source[3] - source[2])
+            word, place = draw_shared_at(source[0], step, number, BITS)
+        else:
+            word, place = draw_shared(source[0], step, source[1] + begin, position, BITS)
         random = word >> place & ((1 << BITS) - 1)
 
     if LAYOUT.STOCHASTIC:
@@ -178,7 +182,7 @@ def update_kernel(
         chunks: int32 [programs, 2]: index of the tensor, index of the tile in it.
         tensors: int64 [tensors, words]: addresses of the arrays and of the scales of coded states,
             number of elements, row; where there are random bits, key and index of the first
-            element in the whole tensor.
+            element in the whole tensor; with runs their length and distance.
         coefficients: float32 [rows, COEFFICIENTS + PASS_COEFFICIENTS]: those of the rule, then
             those of the pass.
         rule: see `rules`.
@@ -192,7 +196,7 @@ def update_kernel(
 
     ARRAYS: tl.constexpr = len(LAYOUT.DTYPES)
     ADDRESSES: tl.constexpr = ARRAYS + len(LAYOUT.KINDS)
-    SOURCE: tl.constexpr = 2 * LAYOUT.DRAWS
+    SOURCE: tl.constexpr = 2 * LAYOUT.DRAWS + 2 * LAYOUT.RUNS
     record = tensors + tensor * (ADDRESSES + 2 + SOURCE)
     addresses = load_scalars(record, ADDRESSES)
     numel = tl.load(record + ADDRESSES)
@@ -283,7 +287,8 @@ def launch(
 
     states = tensors.addresses.shape[1] - FIRST_STATE.value
     rule_coefficients = coefficients.shape[1] - PASS_COEFFICIENTS.value
-    compiled_for = layout(format, states, tensors.emas is not None, zero_grads)
+    runs, emas = tensors.runs is not None, tensors.emas is not None
+    compiled_for = layout(format, states, runs, emas, zero_grads)
     with resident(chunks, table, device) as table:
         update_kernel[(len(chunks),)](
             chunks,

@@ -43,6 +43,7 @@ class Case:
         beside: see `formats.Format`; so are stochastic and kinds.
         stochastic: whether rounding to bfloat16 is.
         kinds: of coded states.
+        runs: whether elements are in runs of a whole tensor.
         ema: whether there is a moving average of the param.
         zero_grads: whether the gradient is zeroed.
     """
@@ -54,6 +55,7 @@ class Case:
     beside: str = ""
     stochastic: bool = False
     kinds: tuple[str, ...] = ()
+    runs: bool = False
     ema: bool = False
     zero_grads: bool = False
 
@@ -69,7 +71,7 @@ class Case:
     def layout(self) -> formats.Layout:
         """What its format is compiled to."""
         format = formats.Format(*self.dtypes, self.beside, self.stochastic, self.kinds)
-        return formats.layout(format, self.states, self.ema, self.zero_grads)
+        return formats.layout(format, self.states, self.runs, self.ema, self.zero_grads)
 
 
 def compile_case(case: Case, arch: int) -> dict[str, Any]:

@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <vector>
 
+#include "core/extent.h"
 #include "core/pass.h"
 #include "storage/format.h"
 
@@ -21,9 +22,7 @@ struct TensorEntry {
   void* beside;              // what the format has beside the parameter; or null
   float* scale[kMaxStates];  // of the states' blocks; null where they are not coded
   std::uint64_t key;         // of its random bits
-  std::int64_t offset;       // index of its first element in the whole tensor: of a shard not 0
-  std::int64_t run;          // elements in a run of the whole tensor; 0: all. See core/runs.h
-  std::int64_t stride;       // from one run's first element to the next one's in the whole tensor
+  Extent extent;             // where its elements are in the whole tensor
   std::int64_t numel;
   std::int32_t row;    // index into Bucket::coefficients, in rows
   std::int32_t group;  // index of the param group

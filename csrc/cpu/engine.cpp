@@ -11,7 +11,6 @@
 #include "core/float_environment.h"
 #include "core/pass.h"
 #include "core/planner.h"
-#include "core/runs.h"
 #include "core/square_sum.h"
 #include "rules/registry.h"
 #include "storage/format.h"
@@ -412,7 +411,7 @@ struct RandomWords {
   // Indices of words may pass a multiple of 2^32.
   FUSED_ADAMW_HD void draw(const Work& work, const Tools& tools, std::uint32_t step) {
     const int share = work.format.stochastic ? kShareOf16Bits : kShareOf8Bits;
-    first = work.tensor.offset + work.begin;
+    first = work.tensor.extent.number(work.begin);
     const std::int64_t word = first >> share;
     const std::int64_t end = ((first + (work.end - work.begin) - 1) >> share) + 1;
     count = static_cast<std::uint32_t>(end - word);
@@ -506,8 +505,8 @@ FUSED_ADAMW_HD bool goes_by_pairs(const Work& work) {
     return false;
   }
   if (!format.stochastic) return true;
-  const std::int64_t first = work.tensor.offset + work.begin;
-  const std::int64_t last = work.tensor.offset + work.end - 1;
+  const std::int64_t first = work.tensor.extent.number(work.begin);
+  const std::int64_t last = first + (work.end - work.begin) - 1;
   return first % 2 == 0 && first >> 33 == last >> 33;
 }
 
@@ -525,7 +524,7 @@ FUSED_ADAMW_HD void update_span(const Work& work, const Tools& tools) {
       slot[k] = reinterpret_cast<Word*>(work.slot<std::uint16_t>(k));
     }
     const std::int64_t pairs = (work.end - work.begin) / 2;
-    const std::int64_t word = (work.tensor.offset + work.begin) / 2;
+    const std::int64_t word = work.tensor.extent.number(work.begin) / 2;
     const RandomStream stream(work.tensor.key, row.pass.random_step,
                               static_cast<std::uint32_t>(word >> 32));
     const auto count = static_cast<std::uint32_t>(pairs);
@@ -638,13 +637,10 @@ Code find_code(int functor, SimdLevel level) {
 
 // Run by run, where random bits are drawn: [note: runs].
 void update_runs(const Code& code, const Work& work) {
-  if (work.tensor.run == 0 || !work.format.draws()) return code.update(work, code.tools);
-  TensorEntry tensor = work.tensor;
-  for_each_run(work.tensor, work.begin, work.end,
-               [&](std::int64_t begin, std::int64_t end, std::int64_t offset) {
-                 tensor.offset = offset;
-                 code.update({tensor, work.format, work.coefficients, begin, end}, code.tools);
-               });
+  if (!work.format.draws()) return code.update(work, code.tools);
+  for_each_run(work.tensor.extent, work.begin, work.end, [&](std::int64_t begin, std::int64_t end) {
+    code.update({work.tensor, work.format, work.coefficients, begin, end}, code.tools);
+  });
 }
 
 // Gradients as floats: where they are, or in `buffer`.

@@ -39,7 +39,7 @@ struct LaunchCapacity {
   static constexpr int kBytesPerTensor =
       (kPointers + kScales) * static_cast<int>(sizeof(void*)) + sizeof(std::int64_t) +
       sizeof(std::uint32_t) + sizeof(std::int32_t) + (kWhole ? sizeof(std::uint32_t) : 0) +
-      (kHasBeside ? sizeof(std::uint64_t) + sizeof(std::int64_t) : 0);
+      (kHasBeside ? sizeof(std::uint64_t) + sizeof(Extent) : 0);
   // A row's last number is of the random bits.
   static constexpr int kRowFloats =
       static_cast<int>(sizeof(Row<Functor>) / sizeof(float)) - !kHasBeside;
@@ -59,7 +59,7 @@ struct ScaleArguments<0, kTensors> {};
 template <bool kIsThere, int kTensors>
 struct RandomArguments {
   std::uint64_t key[kTensors];
-  std::int64_t offset[kTensors];  // of the first element in the whole tensor
+  Extent extent[kTensors];
 };
 template <int kTensors>
 struct RandomArguments<false, kTensors> {};
@@ -119,7 +119,7 @@ void pack(const Bucket& bucket, const Launch& launch,
     if constexpr (Arguments::kHasBeside) {
       arguments.slot[Arguments::kBeside][i] = tensor.beside;
       arguments.key[i] = tensor.key;
-      arguments.offset[i] = tensor.offset;
+      arguments.extent[i] = tensor.extent;
     }
     if constexpr (Arguments::kScales > 0) {
       for (int k = 0; k < Arguments::kScales; ++k) arguments.scale[k][i] = tensor.scale[k];

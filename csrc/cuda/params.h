@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "core/extent.h"
 #include "core/platform.h"
 #include "cuda/packs.h"
 #include "cuda/words.h"
@@ -36,28 +37,38 @@ struct RandomWords {
 // The random bits of a chunk's elements.
 template <int kShare>
 struct Draws {
-  std::int64_t offset;        // of the tensor's first element
-  std::uint32_t first;        // lower bits of the first word's index
-  RandomStream stream, next;  // from that word on, and once those bits have wrapped round
+  std::uint64_t key;
+  std::uint32_t step;
+  const Extent& extent;
+  std::uint32_t upper;  // 32 bits of the index of the first element's word
+  RandomStream stream;  // of words with these
 
   // The chunk begins at element `begin` of the tensor.
-  FUSED_ADAMW_HD Draws(std::uint64_t key, std::uint32_t step, std::int64_t offset,
+  FUSED_ADAMW_HD Draws(std::uint64_t key, std::uint32_t step, const Extent& extent,
                        std::int64_t begin)
-      : offset(offset),
-        first(static_cast<std::uint32_t>((offset + begin) >> kShare)),
-        stream(key, step, static_cast<std::uint32_t>((offset + begin) >> kShare >> 32)),
-        next(key, step, static_cast<std::uint32_t>(((offset + begin) >> kShare >> 32) + 1)) {}
+      : key(key),
+        step(step),
+        extent(extent),
+        upper(static_cast<std::uint32_t>(extent.number(begin) >> kShare >> 32)),
+        stream(key, step, upper) {}
 
-  // Of kCount elements from `i` on.
+  // Of kCount elements from `i` on, which are in one run.
   template <int kCount>
   FUSED_ADAMW_HD RandomWords<kCount, kShare> of(std::int64_t i) const {
-    const std::int64_t index = offset + i;
-    RandomWords<kCount, kShare> words;
-    words.shift = static_cast<int>(index & ((1 << kShare) - 1)) * (32 >> kShare);
+    using Words = RandomWords<kCount, kShare>;
+    const std::int64_t number = extent.number(i), index = number >> kShare;
+    const auto lower = static_cast<std::uint32_t>(index);
+    const auto upper = static_cast<std::uint32_t>(index >> 32);
+    RandomStream first = stream, next = stream;
+    if (upper != this->upper || lower > ~std::uint32_t{Words::kWords - 1}) {  // hardly ever
+      first = {key, step, upper};
+      next = {key, step, upper + 1};
+    }
+    Words words;
+    words.shift = static_cast<int>(number & ((1 << kShare) - 1)) * (32 >> kShare);
     FUSED_ADAMW_UNROLL
-    for (int w = 0; w < words.kWords; ++w) {
-      const std::uint32_t lower = static_cast<std::uint32_t>((index >> kShare) + w);
-      words.source[w] = (lower >= first ? stream : next).word(lower);
+    for (int w = 0; w < Words::kWords; ++w) {
+      words.source[w] = (lower + w >= lower ? first : next).word(lower + w);
     }
     return words;
   }

@@ -32,7 +32,8 @@ constexpr int blocks_per_multiprocessor() {
   // The average is one array more, what is observed takes registers too; mixed, 2 blocks of 128
   // registers still have 48 KB of loads in flight.
   if (kTold && kWhole) return 2;
-  if (Storage::kHasBeside) return 3;
+  // Three states beside what a parameter is joined with: 6 arrays, of which 2 blocks have 48 KB.
+  if (Storage::kHasBeside) return Functor::kStates > 2 ? 2 : 3;
   const int arrays = kFirstState + Functor::kStates + kTold + 2 * kWhole;
   return arrays > 4 ? 3 : arrays > 2 ? 4 : kMostBlocks;
 }

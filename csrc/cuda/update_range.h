@@ -145,7 +145,9 @@ FUSED_ADAMW_HD void update_packs(const Work<Functor, Storage, kWhole>& work,
                                  const Row<Functor>& row, int thread, Observation& observed) {
   constexpr int kPack = Storage::kPerThread;
   const std::int64_t begin = work.begin, end = work.end;
-  const std::int64_t rest = work.arrays.aligned() ? begin + (end - begin) / kPack * kPack : begin;
+  bool by_packs = work.arrays.aligned();
+  if constexpr (Storage::kHasBeside) by_packs &= work.arguments.extent[work.tensor].keeps_together(kPack);
+  const std::int64_t rest = by_packs ? begin + (end - begin) / kPack * kPack : begin;
   const auto draws = draws_of(work, row.pass.random_step);
   update_range<kPack>(work, row, draws, begin, rest, thread, observed);
   update_range<1>(work, row, draws, rest, end, thread, observed);

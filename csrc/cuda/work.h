@@ -85,7 +85,7 @@ template <class Functor, class Storage, bool kWhole>
 FUSED_ADAMW_HD auto draws_of(const Work<Functor, Storage, kWhole>& work, std::uint32_t step) {
   if constexpr (Storage::kHasBeside) {
     return Draws<Storage::kShare>(work.arguments.key[work.tensor], step,
-                                  work.arguments.offset[work.tensor], work.begin);
+                                  work.arguments.extent[work.tensor], work.begin);
   } else {
     return std::false_type{};
   }

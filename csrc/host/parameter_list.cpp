@@ -150,8 +150,8 @@ void ParameterList::register_entry(std::size_t i) {
   PyObject* param = item(registration_.params, i);
   entry.param = param;
   entry.sharded = registration_.sharded[i].cast<bool>();
-  std::tie(entry.offset, entry.run, entry.stride) =
-      registration_.places[i].cast<std::tuple<std::int64_t, std::int64_t, std::int64_t>>();
+  std::tie(entry.extent.offset, entry.extent.run, entry.extent.stride) =
+      registration_.extents[i].cast<std::tuple<std::int64_t, std::int64_t, std::int64_t>>();
   entry.norm_class = registration_.classes[i].cast<int>();
   classes_ = std::max(classes_, entry.norm_class + 1);
   if (!entry.active) {
@@ -442,9 +442,7 @@ bool ParameterList::gather(const std::vector<const Hyperparameters*>& groups,
     tensor.beside = entry.beside.memory;
     for (int k = 0; k < kMaxStates; ++k) tensor.scale[k] = entry.scale[k].memory;
     tensor.key = entry.key;
-    tensor.offset = entry.offset;
-    tensor.run = entry.run;
-    tensor.stride = entry.stride;
+    tensor.extent = entry.extent;
     tensor.numel = entry.numel;
     tensor.row = registration_.on_device ? static_cast<std::int32_t>(i) : route->row;
     tensor.chunk = chunks_;

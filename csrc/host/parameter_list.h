@@ -39,7 +39,7 @@ struct Registration {
   py::list groups;      // index of its param group
   py::list labels;      // how messages call it: "parameter 3 ('head.weight')"
   py::list sharded;     // whether it is a DTensor, whose local shard is stepped: [note: shards]
-  py::list places;      // its offset, run and stride: [note: runs] in core/runs.h
+  py::list extents;     // core/extent.h
   py::list classes;     // of the parameters whose squares are summed over the same ranks, from 0
   bool on_device;       // whether counts and scalars are beside their parameter on its device
   py::object restride;  // (tensor, like) -> a copy of tensor with the strides of like
@@ -146,7 +146,7 @@ class ParameterList {
     std::uint64_t key;
     PyObject* param;
     bool sharded;
-    std::int64_t offset, run, stride;
+    Extent extent;
     int norm_class;
     PyObject* spec;  // of the gradient that was last found to lie as the parameter does
     void* data;

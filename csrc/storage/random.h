@@ -1,8 +1,8 @@
 // Random bits for stochastic rounding (Gupta et al., arXiv 1502.02551).
 //
 // [note: random bits] They are a function of the optimizer's seed, the parameter's number, the
-// steps taken, and the index of the element in the whole tensor (of a shard's: [note: runs] in
-// core/runs.h), and of nothing else: neither threads nor launches nor the cut of a tensor into
+// steps taken, and the number of the element in the whole tensor (of a shard's: [note: runs] in
+// core/extent.h), and of nothing else: neither threads nor launches nor the cut of a tensor into
 // shards decide a bit, and a run that is resumed draws what it would have drawn. A word of 32 bits
 // serves two neighbours with 16 bits each, or four with 8; its own index is theirs divided by 2 or
 // 4. Two rounds of multiply and xor-shift (the constants of lowbias32, Chris Wellons) mix that

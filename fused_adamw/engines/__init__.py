@@ -32,8 +32,6 @@ class Engine(NamedTuple):
             there.
         tick: works out coefficients and decisions on the device; likewise.
         observes: whether `update` writes the observations of a bucket that asks for them.
-        knows_runs: whether it does so of shards of columns that draw random bits, too: [note: runs]
-            in csrc/core/runs.h.
     """
 
     update: Callable[[_C.Bucket, Sequence[_C.Hyperparameters]], object]
@@ -41,7 +39,6 @@ class Engine(NamedTuple):
     fold: Callable[[_C.FoldArguments, torch.device], object] | None = None
     tick: Callable[[_C.TickArguments, torch.device], object] | None = None
     observes: bool = True
-    knows_runs: bool = False
 
 
 _CPU = Engine(
@@ -49,7 +46,6 @@ _CPU = Engine(
     lambda bucket, partials: _C.square_sums_cpu(
         bucket, partials.data_ptr(), torch.get_num_threads()
     ),
-    knows_runs=True,
 )
 _CUDA = Engine(
     lambda bucket, hyperparameters: _C.update_cuda(bucket),
@@ -59,7 +55,7 @@ _CUDA = Engine(
 )
 _TRITON = Engine(
     lambda bucket, hyperparameters: _C.in_default_float_environment(
-        lambda: triton.run(_C.in_runs(bucket), device_of(bucket))
+        lambda: triton.run(bucket, device_of(bucket))
     ),
     lambda bucket, partials: _C.in_default_float_environment(
         lambda: triton.square_sums(bucket, partials)
@@ -71,7 +67,6 @@ _REFERENCE = Engine(
         lambda: reference.run(bucket, hyperparameters)
     ),
     lambda bucket, partials: reference.square_sums(bucket, partials.numpy()),
-    knows_runs=True,
 )
 # The CUDA kernels' bodies played on the host, thread by thread: for tests, so not in ENGINES.
 _CUDA_ON_HOST = Engine(

@@ -37,7 +37,7 @@ def run(bucket: Any, hyperparameters: Sequence[Any]) -> None:
             the float32 averages of the params, each of these three empty where there are none;
             ``numels``, ``groups``, ``rows`` and ``steps`` are integers [tensors], ``scalars``
             [tensors] what the rule carries; ``keys`` [tensors] are those of the random bits and
-            ``offsets`` and ``runs`` [tensors], see `element_numbers`, tell for which; each row of
+            ``extents`` [tensors, 3], see `element_numbers`, tell for which; each row of
             ``coefficients`` ends with the gradient's factor, the weight of the average and the
             bits of the number of steps taken before this one; ``zero_grads`` says whether the
             gradients are zeroed; ``observed`` is the address of what `reference.observed` has of
@@ -87,8 +87,7 @@ def _update(bucket: Any, i: int, numel: int, of_group: Any) -> None:
         kept = _view(int(bucket.besides[i]), numel, formats.BESIDES[beside].dtype)
     coefficients = bucket.coefficients[bucket.rows[i]]
     grad_factor, ema_weight = coefficients[-3:-1]
-    run, stride = (int(column[i]) for column in bucket.runs)
-    indices = formats.element_numbers(numel, int(bucket.offsets[i]), run, stride)
+    indices = formats.element_numbers(numel, *map(int, bucket.extents[i]))
     drawn = int(bucket.keys[i]), indices, int(coefficients.view(np.uint32)[-1])
 
     position: dict[str, Any] = {"step": int(bucket.steps[i])}

@@ -55,6 +55,7 @@ def run(bucket: _C.Bucket, device: torch.device) -> None:
         emas=_tensor(bucket.emas) if len(bucket.emas) else None,
         scales=_tensor(bucket.scales) if is_coded else None,
         sources=_sources(bucket) if format.draws else None,
+        runs=_runs(bucket) if format.draws else None,
     )
     with np.errstate(all="ignore"):  # the interpreter is NumPy, which would warn of infinities
         triton_kernels.launch(
@@ -90,7 +91,16 @@ def square_sums(bucket: _C.Bucket, partials: torch.Tensor) -> None:
 
 def _sources(bucket: _C.Bucket) -> torch.Tensor:
     """int64 [tensors, 2]: of random bits the key, all of whose bits count, and the first index."""
-    return _tensor(np.stack((bucket.keys.view(np.int64), bucket.offsets), axis=1))
+    return _tensor(np.stack((bucket.keys.view(np.int64), bucket.extents[:, 0]), axis=1))
+
+
+def _runs(bucket: _C.Bucket) -> torch.Tensor | None:
+    """int64 [tensors, 2]: length and distance of runs, one of which may be all; None: all are."""
+    runs: NDArray[np.int64] = bucket.extents[:, 1:]
+    if not runs.any():
+        return None
+    runs[:, 0] = np.where(runs[:, 0] == 0, np.maximum(bucket.numels, 1), runs[:, 0])
+    return _tensor(np.ascontiguousarray(runs))
 
 
 def _tensor(array: NDArray[Any]) -> torch.Tensor:

@@ -22,6 +22,7 @@ ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "examples" / "train_fsdp.py"
 SMALL = ["--layers=2", "--width=32", "--heads=2", "--context=32", "--batch-size=4"]
 SECONDS = 60
+ON_THE_CPU = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
 
 pytestmark = [on_ranks.needs_gloo, pytest.mark.xdist_group("torchrun")]
 
@@ -35,7 +36,7 @@ def started(folder: Path, *options: str, ranks: int = 2, restarts: int = 0) -> I
     process = subprocess.Popen(
         [*command, *SMALL, "--output", str(folder / "found.json"), *options],
         cwd=folder,
-        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
+        env={**ON_THE_CPU, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -125,7 +126,7 @@ def test_goes_on_with_other_ranks_and_another_precision(tmp_path: Path) -> None:
 def test_bad_options(options: list[str], words: str) -> None:
     process = subprocess.run(
         [sys.executable, str(SCRIPT), *SMALL, *options],
-        env={**os.environ, "PYTHONPATH": str(ROOT), "LOCAL_RANK": "0"},
+        env={**ON_THE_CPU, "PYTHONPATH": str(ROOT), "LOCAL_RANK": "0"},
         capture_output=True,
         text=True,
         timeout=SECONDS,
