@@ -197,17 +197,18 @@ py::array_t<std::int64_t> words(const std::vector<Record>& records) {
   return table;
 }
 
-// Where the chunks of each row end: of the param groups of each class, one after the other. Groups
-// follow one another in an optimizer's list.
-std::vector<std::int64_t> chunk_ends(const host::ParameterList& list, int groups) {
-  std::vector<std::int64_t> ends(static_cast<std::size_t>(groups), 0);
-  std::int64_t end = 0, group = 0;
+// Where the chunks of each of `sums` end, each of which has `rows` neighbouring rows of the list:
+// of the param groups of each class, one after the other. Groups follow one another in an
+// optimizer's list.
+std::vector<std::int64_t> chunk_ends(const host::ParameterList& list, int sums, int rows) {
+  std::vector<std::int64_t> ends(static_cast<std::size_t>(sums), 0);
+  std::int64_t end = 0, sum = 0;
   for (const host::ChunkRun& run : list.chunk_runs()) {
-    if (run.row < group) throw py::value_error("groups: found them mixed");
-    for (; group < run.row; ++group) ends.at(static_cast<std::size_t>(group)) = end;
+    if (run.row / rows < sum) throw py::value_error("groups: found them mixed");
+    for (; sum < run.row / rows; ++sum) ends.at(static_cast<std::size_t>(sum)) = end;
     end = run.begin + run.count;
   }
-  for (; group < groups; ++group) ends.at(static_cast<std::size_t>(group)) = end;
+  for (; sum < sums; ++sum) ends.at(static_cast<std::size_t>(sum)) = end;
   return ends;
 }
 
@@ -232,22 +233,23 @@ py::array_t<std::int64_t> group_record(const host::Hyperparameters& h,
   return words(std::vector<cuda::GroupRecord>{record});
 }
 
-// Sums of chunks, `stride` columns in a row, folded for each of `groups` rows of the list.
-py::array_t<double> fold(std::intptr_t address, int stride, const ChunkRuns& runs, int groups) {
-  std::vector<std::vector<double>> of_group(static_cast<std::size_t>(groups));
-  py::array_t<double> folded({groups, stride});
+// Sums of chunks, with `stride` columns, folded into `sums`: see chunk_ends().
+py::array_t<double> fold(std::intptr_t address, int stride, const ChunkRuns& runs, int sums,
+                         int rows) {
+  std::vector<std::vector<double>> of_sum(static_cast<std::size_t>(sums));
+  py::array_t<double> folded({sums, stride});
   const double* partials = doubles_at(address);
   for (int column = 0; column < stride; ++column) {
-    for (auto& values : of_group) values.clear();
+    for (auto& values : of_sum) values.clear();
     for (const host::ChunkRun& run : runs.runs) {
-      auto& values = of_group.at(static_cast<std::size_t>(run.row));
+      auto& values = of_sum.at(static_cast<std::size_t>(run.row / rows));
       for (std::int64_t i = run.begin; i < run.begin + run.count; ++i) {
         values.push_back(partials[i * stride + column]);
       }
     }
-    for (int g = 0; g < groups; ++g) {
-      const auto& values = of_group[static_cast<std::size_t>(g)];
-      folded.mutable_at(g, column) =
+    for (int k = 0; k < sums; ++k) {
+      const auto& values = of_sum[static_cast<std::size_t>(k)];
+      folded.mutable_at(k, column) =
           fold_chunks(values.data(), static_cast<std::int64_t>(values.size()));
     }
   }
@@ -334,7 +336,8 @@ PYBIND11_MODULE(_C, m) {
           py::arg("t"), py::arg("scalar") = 0.0);
 
   py::class_<ChunkRuns>(m, "ChunkRuns");
-  m.def("fold", &fold, py::arg("partials"), py::arg("columns"), py::arg("runs"), py::arg("groups"));
+  m.def("fold", &fold, py::arg("partials"), py::arg("columns"), py::arg("runs"), py::arg("sums"),
+        py::arg("rows") = 1);
 
   // The list of parameters, and what a step makes of it.
   m.def("random_key", &random_key, py::arg("seed"), py::arg("parameter"));
@@ -440,6 +443,7 @@ PYBIND11_MODULE(_C, m) {
           py::arg("groups"), py::arg("grads") = py::none(), py::arg("is_state_held") = false,
           py::arg("ema_weight") = 1.0, py::arg("zero_grads") = false,
           py::arg("steps") = std::vector<std::int64_t>{})
+      .def_property_readonly("sharded_gradients", &host::ParameterList::sharded_gradients)
       .def_property_readonly("chunks", &host::ParameterList::chunks)
       .def_property_readonly("zeroed", &host::ParameterList::zeroed)
       .def_property_readonly("restrided", &host::ParameterList::restrided)
@@ -467,7 +471,7 @@ PYBIND11_MODULE(_C, m) {
             return words(list.device_records(steps, averaged));
           },
           py::arg("steps"), py::arg("averaged"))
-      .def("chunk_ends", &chunk_ends, py::arg("groups"))
+      .def("chunk_ends", &chunk_ends, py::arg("sums"), py::arg("rows") = 1)
       .def("release", &host::ParameterList::release)
       .def("let_go", &host::ParameterList::let_go)
       .def("buckets", &host::ParameterList::buckets, py::return_value_policy::reference_internal)

@@ -172,7 +172,7 @@ class DeviceStep:
         steps: of each parameter the count of steps, float32 [], which rules use that keep none in
             their state; None where there is no state.
         averaged: of each parameter whether its average has begun, float32 [], or None likewise.
-        rows: number of sums of squares: of each class of `ranks.Ranks` one for each param group.
+        sums: number of sums of squares: one for each param group, or for each of `ranks.CLASSES`.
         captured: the optimizer's, to which steps add what captured graphs use: it must live as long
             as they may be replayed, which is longer than the list is registered.
     """
@@ -182,7 +182,7 @@ class DeviceStep:
         device: torch.device,
         steps: list[Tensor | None],
         averaged: list[Tensor | None],
-        rows: int,
+        sums: int,
         captured: list[Any],
     ) -> None:
         self.device = device
@@ -190,7 +190,7 @@ class DeviceStep:
         self._steps, self._averaged = steps, averaged
         self._rows = torch.zeros(len(steps), _C.DEVICE_ROW, dtype=torch.float32, device=device)
         self._skip = torch.zeros((), dtype=torch.int32, device=device)
-        self._squares = torch.zeros(rows, dtype=torch.float64, device=device)
+        self._squares = torch.zeros(sums, dtype=torch.float64, device=device)
         self._tables: dict[str, _Table] = {}
         self._captured = captured
 
@@ -235,21 +235,25 @@ class DeviceStep:
             partials = torch.empty(native.chunks, dtype=torch.float64, device=self.device)
             for bucket in buckets:
                 engine.square_sums(bucket, partials)
-            rows = self._squares.numel()
-            ends = self._table("ends", np.array(native.chunk_ends(rows), np.int64))
+            sums = self._squares.numel()
+            rows = 1 if ranks is None else len(plans)
+            ends = self._table("ends", np.array(native.chunk_ends(sums, rows), np.int64))
             fold(
                 _C.FoldArguments(
                     partials=partials.data_ptr(),
                     ends=ends,
                     squares=self._squares.data_ptr(),
-                    groups=rows,
+                    groups=sums,
                 ),
                 self.device,
             )
             squares = self._squares
         if ranks is not None:
-            found, overflow = ranks.meet_on_device(self._squares, overflow)
-            squares = None if squares is None else found
+            found = torch.zeros_like(self._squares) if squares is None else squares
+            total, overflow = ranks.meet_on_device(found, overflow)
+            if squares is not None:
+                squares = torch.zeros(len(plans), dtype=torch.float64, device=self.device)
+                squares[0] = total
         records = np.concatenate([self._record(g, plan, options) for g, plan in enumerate(plans)])
         parameters = native.device_records(
             list(map(_address, self._steps)), list(map(_address, self._averaged))

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from fused_adamw import _C
 from fused_adamw.engines import Engine, device_of
-from fused_adamw.ranks import sum_of_classes
 
 
 class GroupTelemetry(NamedTuple):
@@ -70,23 +69,30 @@ class Measurements:
         native: _C.ParameterList,
         engines: Sequence[Engine],
         buckets: Sequence[_C.Bucket],
-        shape: tuple[int, int],
-    ) -> NDArray[np.float64]:
-        """This rank's sums of gradients' squares: [classes, groups]. See [note: square sums]."""
+        sums: int,
+        rows: int = 1,
+    ) -> list[float]:
+        """This rank's sums of gradients' squares; see [note: square sums].
+
+        Args:
+            native: the list, which has a row for each param group of each class.
+            engines: of the buckets.
+            buckets: of the list.
+            sums: how many.
+            rows: of how many neighbouring rows each is.
+        """
         partials = _columns(native, buckets, 1)
         for engine, bucket in zip(engines, buckets, strict=True):
             engine.square_sums(bucket, partials[device_of(bucket)])
-        squares = np.zeros(shape[0] * shape[1])
-        for sums in partials.values():  # of a chunk on another device there is a zero
-            squares += _folded(sums, native.chunk_runs, len(squares))[:, 0]
-        return squares.reshape(shape)
+        squares = np.zeros(sums)
+        for found in partials.values():  # of a chunk on another device there is a zero
+            squares += _folded(found, native.chunk_runs, sums, rows)[:, 0]
+        return squares.tolist()
 
-    def norm_of(
-        self, squares: NDArray[np.float64], grad_scale: float, device: torch.device
-    ) -> float:
-        """The norm of all unscaled gradients, of their squares' sums over all ranks."""
+    def norm_of(self, squares: list[float], grad_scale: float, device: torch.device) -> float:
+        """The norm of all unscaled gradients, of sums of their squares."""
         total = 0.0
-        for square in sum_of_classes(squares).tolist():
+        for square in squares:
             total += square
         norm = _C.norm(total, grad_scale)
         self.grad_norm = torch.tensor(norm, dtype=torch.float32, device=device)
@@ -105,16 +111,9 @@ class Measurements:
 
         The list has `shape` rows of sums: [classes, groups].
 
-        Raises:
-            RuntimeError: an engine does not observe, or there are several devices.
+        `check_observable` has been called.
         """
-        if not all(engine.observes for engine in engines):
-            raise RuntimeError(
-                "telemetry: found the engine 'triton', accepted: 'cpu', 'cuda' or 'reference'"
-            )
         columns = _columns(native, buckets, _C.OBSERVED)
-        if len(columns) > 1:
-            raise RuntimeError("telemetry: found parameters on several devices, accepted: on one")
         numels = [0] * shape[1]
         for bucket in buckets:
             for group, numel in zip(bucket.groups.tolist(), bucket.numels.tolist(), strict=True):
@@ -138,7 +137,8 @@ class Measurements:
             return [_SKIPPED] * len(observed.numels)
         classes, groups = observed.shape
         folded = _folded(observed.sums, observed.runs, classes * groups)
-        sums = sum_of_classes(folded.reshape(classes, groups, -1)).tolist()
+        first, *others = folded.reshape(classes, groups, -1)
+        sums = sum(others, first).tolist()
         return [
             GroupTelemetry(
                 _norm(grad, float(observed.grad_scale)),
@@ -151,6 +151,20 @@ class Measurements:
                 sums, observed.numels, strict=True
             )
         ]
+
+
+def check_observable(engines: Sequence[Engine], buckets: Sequence[_C.Bucket]) -> None:
+    """Refuses what cannot be observed, before other ranks are met.
+
+    Raises:
+        RuntimeError: an engine does not observe, or there are several devices.
+    """
+    if not all(engine.observes for engine in engines):
+        raise RuntimeError(
+            "telemetry: found the engine 'triton', accepted: 'cpu', 'cuda' or 'reference'"
+        )
+    if len({*map(device_of, buckets)}) > 1:
+        raise RuntimeError("telemetry: found parameters on several devices, accepted: on one")
 
 
 def _norm(square: float, scale: float = 1.0) -> float:
@@ -170,7 +184,7 @@ def _columns(
     }
 
 
-def _folded(sums: Tensor, runs: _C.ChunkRuns, rows: int) -> NDArray[np.float64]:
-    """The sums over the chunks of each row, [rows, columns]; the host waits."""
-    on_host = sums.cpu()
-    return _C.fold(on_host.data_ptr(), on_host.shape[1], runs, rows)
+def _folded(found: Tensor, runs: _C.ChunkRuns, sums: int, rows: int = 1) -> NDArray[np.float64]:
+    """The sums over the chunks of so many neighbouring rows, [sums, columns]; the host waits."""
+    on_host = found.cpu()
+    return _C.fold(on_host.data_ptr(), on_host.shape[1], runs, sums, rows)

@@ -6,6 +6,7 @@ import contextlib
 import functools
 import itertools
 import math
+import operator
 import sys
 import warnings
 from abc import abstractmethod
@@ -58,7 +59,7 @@ from fused_adamw.precision import (
     stored_state,
     wrapped_state,
 )
-from fused_adamw.ranks import Ranks
+from fused_adamw.ranks import CLASSES, Ranks, Said
 from fused_adamw.registration import Member, RegisteredList
 from fused_adamw.schedules import Schedule, from_description
 from fused_adamw.shards import (
@@ -73,7 +74,14 @@ from fused_adamw.shards import (
     wrapped,
 )
 from fused_adamw.weight_decay import convert_weight_decay
-from fused_adamw.whole_step import EMA, Outcome, StepOptions, one_number, zero
+from fused_adamw.whole_step import (
+    EMA,
+    Outcome,
+    StepOptions,
+    check_process_groups,
+    one_number,
+    zero,
+)
 
 if TYPE_CHECKING:
     from fused_adamw.step_in_backward import StepInBackward
@@ -120,6 +128,9 @@ class Options(TypedDict, total=False):
 
 
 _OF_ALL_GROUPS = Options.__annotations__.keys() - {"schedule_multiplier", "schedule", "seed"}
+_NO_RANKS: tuple[Sequence[Tensor], Sequence[Any]] = [], ()
+# Options that each rank may have of its own.
+_OF_A_RANK = {"engine", "collect_telemetry", "norm_process_groups"}
 # Of a group what other ranks need not have: objects of this one, or a list too long for a line.
 _NOT_SAID = {"params", "param_names", *_OF_ALL_GROUPS}
 
@@ -208,8 +219,7 @@ class FusedOptimizer(Optimizer):
     _positions: dict[Tensor, tuple[Tensor, Tensor]]
     # Those that share parameters or their norm, if any; before a step not known.
     _ranks: Ranks | None
-    _ranks_known: bool
-    _norm_groups_known: Sequence[Any]
+    _ranks_known: tuple[Sequence[Tensor], Sequence[Any]]  # of which parameters and process groups
     # Those whose states were created for a checkpoint to have, before a first step.
     _unbegun: set[Tensor]
     # What captured graphs use, which may be replayed as long as the optimizer lives.
@@ -278,7 +288,7 @@ class FusedOptimizer(Optimizer):
         self._positions = {}
         self._captured = []
         self._unbegun = set()
-        self._ranks, self._ranks_known = None, False
+        self._ranks, self._ranks_known = None, _NO_RANKS
         self._number = compiled.number_of(self)
         self._measurements = Measurements()
         self._step_options()
@@ -382,7 +392,6 @@ class FusedOptimizer(Optimizer):
             del self.param_groups[count:]
             raise
         self._give_up_registered()
-        self._ranks, self._ranks_known = None, False
 
     def _refuse_repeated(self, param_group: dict[str, Any]) -> None:
         """Names the parameter, where torch only warns, or does not say which."""
@@ -497,27 +506,35 @@ class FusedOptimizer(Optimizer):
             self._create_states()
             return loss
         device = self._device_of_decisions()
-        ranks = self._met_ranks(device)
+        registered = self._registered
+        if registered is not None and not registered.native.matches(
+            self._param_lists(), self._state
+        ):
+            registered = None
+        ranks = self._ranks_of_step(device, registered)
         try:
             if device is not None:
-                self._step_on_device(device)
+                self._step_on_device(device, registered)
             else:
-                self._step_on_host(ranks)
+                self._step_on_host(ranks, registered)
         except Exception as error:
             if ranks is not None:
                 ranks.fail(error)
             raise
         return loss
 
-    def _met_ranks(self, device: torch.device | None) -> Ranks | None:
+    def _ranks_of_step(
+        self, device: torch.device | None, registered: RegisteredList | None
+    ) -> Ranks | None:
         """The ranks that the step has to do with; they meet as said in [note: meetings]."""
         groups = self.norm_process_groups
-        if not self._ranks_known or self._norm_groups_known is not groups:
-            params = list(chain.from_iterable(self._param_lists()))
-            self._step_options(device)  # checks the groups
-            concerned = groups or any(map(is_sharded, params))
-            self._ranks = Ranks(params, groups) if concerned else None
-            self._ranks_known, self._norm_groups_known = True, groups
+        if registered is None or self._ranks_known[1] is not groups:
+            known, params = self._ranks_known[0], [*chain.from_iterable(self._param_lists())]
+            same = len(known) == len(params) and all(map(operator.is_, known, params))
+            if not same or self._ranks_known[1] is not groups:
+                found = Ranks(params, check_process_groups(groups), self._ranks)
+                self._ranks = found if found.are_met else None
+                self._ranks_known = params, groups
         ranks = self._ranks
         if ranks is None:
             return None
@@ -526,32 +543,34 @@ class FusedOptimizer(Optimizer):
         home = device
         if home is None:
             home = next((p.device for g in self.param_groups for p in g["params"]), _HOST)
-        ranks.begin(
-            bool(measures or scaled),
-            len(self.param_groups),
-            home,
-            self._said_to_ranks,
-            on_device=device is not None,
-        )
+        due = bool(measures or scaled)
+        ranks.begin(due, home, self._said_to_ranks, on_device=device is not None)
         return ranks
 
-    def _said_to_ranks(self) -> list[str]:
-        """What must be the same on all ranks, as lines."""
-        lines = [f"{type(self).__name__} with {len(self.param_groups)} param groups"]
-        lines += [f"{name} {_said(getattr(self, name))}" for name in _KEPT if name != "engine"]
+    def _said_to_ranks(self) -> Said:
+        """What must be the same on all ranks."""
+        names = [name for name in _KEPT if name not in _OF_A_RANK]
+        options = [(type(self).__name__,), *((name, _said(getattr(self, name))) for name in names)]
+        lines: list[tuple[str, ...]] = [(f"{len(self.param_groups)} param groups",)]
         for index, group in enumerate(self.param_groups):
             values = [f"{key} {_said(group[key])}" for key in sorted(group.keys() - _NOT_SAID)]
-            lines.append(f"param group {index}: {', '.join(values)}")
+            lines.append((f"param group {index}:", *values))
         for index, i, number in self._places():
             group = self.param_groups[index]
             param = group["params"][i]
+            gradient = "without" if is_sharded(param) and param.grad is None else "with"
             lines.append(
-                f"{_label(number, group, i)} of param group {index} with shape "
-                f"{tuple(param.shape)}, {param.dtype}, placements {placements_name(param)}"
+                (
+                    f"{_label(number, group, i)} of param group {index} with",
+                    f"shape {tuple(param.shape)}",
+                    str(param.dtype),
+                    f"placements {placements_name(param)}",
+                    f"{gradient} a gradient",
+                )
             )
-        return lines
+        return Said(options, lines)
 
-    def _step_on_host(self, ranks: Ranks | None) -> None:
+    def _step_on_host(self, ranks: Ranks | None, registered: RegisteredList | None) -> None:
         idle = () if self._in_backward is None else self._in_backward.idle_groups()
         options = self._step_options()
         if "found_inf" in self.__dict__ and one_number("found_inf", self.found_inf):
@@ -569,13 +588,11 @@ class FusedOptimizer(Optimizer):
                 break
         try:
             current = [self._current(index) for index in range(len(self.param_groups))]
-            registered = self._registered
             outcome = Outcome.STALE
             if (
                 registered is not None
                 and registered.device_step is None
                 and self._is_current(registered, options)
-                and registered.native.matches(self._param_lists(), self._state)
             ):
                 outcome = registered.step(
                     current,
@@ -622,18 +639,16 @@ class FusedOptimizer(Optimizer):
         params = chain.from_iterable(self._param_lists())
         return param.device if all(other.device == param.device for other in params) else None
 
-    def _step_on_device(self, device: torch.device) -> None:
+    def _step_on_device(self, device: torch.device, registered: RegisteredList | None) -> None:
         options = self._step_options(device)
         plans = [self._planned(index, device) for index in range(len(self.param_groups))]
         amp = Amp(self.__dict__.get("grad_scale"), self.__dict__.get("found_inf"))
         inputs = DeviceInputs(plans, amp)
         current = [plan.hyperparameters for plan in plans]
-        registered = self._registered
         if (
             registered is not None
             and registered.device_step is not None
             and self._is_current(registered, options)
-            and registered.native.matches(self._param_lists(), self._state)
         ):
             outcome = registered.step(
                 current,
@@ -691,9 +706,8 @@ class FusedOptimizer(Optimizer):
                 self._positions[member.param] = step, average
             steps.append(step)
             averaged.append(average)
-        classes = 1 if self._ranks is None else self._ranks.class_count
-        rows = classes * len(self.param_groups)
-        return DeviceStep(device, steps, averaged, rows, self._captured)
+        sums = len(self.param_groups) if self._ranks is None else CLASSES
+        return DeviceStep(device, steps, averaged, sums, self._captured)
 
     def _begun(self, param: Tensor) -> dict[str, Any]:
         """The state of a parameter without what was created for a step that the device skipped.
@@ -1504,7 +1518,7 @@ class FusedOptimizer(Optimizer):
             self._captured = []
             self.norm_process_groups = ()
         self._unbegun = set()
-        self._ranks, self._ranks_known = None, False
+        self._ranks, self._ranks_known = self.__dict__.get("_ranks"), _NO_RANKS
         self._plans = {}
         self._positions = {}
         self._number = compiled.number_of(self)

@@ -2,258 +2,374 @@
 
 [note: meetings] A rank knows the gradients of its own shards. Where a step depends on all (their
 norm, an overflow that a scaler found), the ranks meet once in it: one all_reduce of a few float64
-for each distinct process group, after which all know the same sums and so decide alike. Parameters
-whose squares are summed over the same process groups make a class, with a sum for each param group.
-Beside the sums go two counts: of ranks that found an overflow, and of ranks that cannot take the
-step. The latter come to the meeting with that instead of raising at once, so that nobody waits for
-them, and all raise the same. At the first step they also compare what their param groups are.
+over each dimension of a mesh, after which all know the same and so decide alike. They also meet in
+the first step, to compare what their param groups are, and in the one after a step with a meeting,
+so that a rank that no longer needs one is not waited for.
 
-Sums go over one dimension of a mesh after the other, in the order of the parameters, which is the
-same on all ranks once their param groups have been compared. Until then process groups are taken in
-the order of the ranks in them, so that none waits for another in a circle.
+Every message has the same length, whatever a rank has to say: ``total, overflows, nonfinite,
+absent`` and words of a hash of what must be the same everywhere. A rank that cannot take the step
+says that it is absent instead of raising at once, so that nobody waits for it, and all raise the
+same.
+
+The mesh is one that has all ranks of the parameters' meshes: its *route*. Squares are counted once:
+of what several ranks have a copy of, one of them adds the squares, and the others look for numbers
+that are not finite. What the route's ranks know is then summed over ``norm_process_groups``, whose
+ranks may have other parameters: there no hash is compared.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterable, Sequence
 from itertools import zip_longest
 from typing import Any, NamedTuple, NoReturn, TypeAlias
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
-from fused_adamw.shards import ProcessGroup, shard_groups
+from fused_adamw.shards import ProcessGroup, is_sharded
 
-_Members: TypeAlias = tuple[int, ...]
-_FLAGS = 2  # after the sums: overflows and failures
-_ERRORS = {error.__name__: error for error in (TypeError, ValueError, RuntimeError)}
+CLASSES = 2
+"""Of parameters: those whose squares this rank adds to the norm, and those that another adds."""
+_FLAGS = 4  # total, overflows, nonfinite, absent
+_WORDS = 3  # of a hash, each of 16 bits so that float64 sums the squares of 2^21 exactly
+_ERRORS = (TypeError, ValueError, RuntimeError)
+
+
+_Line: TypeAlias = tuple[str, ...]  # of what, and its values
 
 
 class Said(NamedTuple):
-    """What a rank says of itself: lines to compare, or the type and message of its error."""
+    """What a rank says of itself, where ranks differ or one cannot take the step.
 
-    lines: list[str]
+    Attributes:
+        options: of the optimizer.
+        params: its param groups and parameters, which the ranks of one route share.
+        route: the ranks of this one's route.
+        error: type and message of what went wrong.
+    """
+
+    options: list[_Line]
+    params: list[_Line]
+    route: tuple[int, ...] = ()
     error: tuple[str, str] | None = None
 
 
 class Ranks:
-    """The ranks that share parameters with this one.
+    """The ranks that share parameters, or the norm of their gradients, with this one.
 
     Args:
         params: of the optimizer, in order.
         norm_process_groups: over which the squares of all gradients are summed, one after the
             other; each rank has other gradients.
+        former: those of other parameters of the same optimizer.
 
     Attributes:
         classes: of each parameter the number of its class.
+
+    Raises:
+        ValueError: a group of ranks that share parameters already.
     """
 
     def __init__(
-        self, params: Sequence[Tensor], norm_process_groups: Sequence[ProcessGroup]
+        self,
+        params: Sequence[Tensor],
+        norm_process_groups: Sequence[ProcessGroup],
+        former: Ranks | None = None,
     ) -> None:
-        known: dict[frozenset[_Members], int] = {}
-        groups: dict[_Members, ProcessGroup] = {}
-        self.classes: list[int] = []
-        for param in params:
-            every, shards = shard_groups(param)
-            for group in every:
-                key = _members(group)
-                groups[key] = min(groups.get(key, group), group, key=_name_order)
-            self.classes.append(known.setdefault(frozenset(map(_members, shards)), len(known)))
-        self.class_count = max(len(known), 1)
-        extra = {_members(group): group for group in norm_process_groups}
-        # Of each process group the classes whose squares are summed over it.
-        self._classes_of: list[tuple[ProcessGroup, list[int]]] = [
-            (group, [n for members, n in known.items() if key in members or key in extra])
-            for key, group in {**groups, **extra, **groups}.items()  # in this order
-        ]
-        self._own = [groups[key] for key in sorted(groups)]
-        self._agreed = not groups
-        self._due = False
-        self._on_device = False
-        self._told = False  # whether all ranks know of an error
-        self._param_groups = 0
+        meshes = list(dict.fromkeys(param.device_mesh for param in params if is_sharded(param)))  # type: ignore[attr-defined]
+        mesh = _mesh_of_all(meshes)
+        self._route = [] if mesh is None else _groups(mesh)
+        self._ranks = () if mesh is None else _ranks_of(mesh)
+        if self._ranks and torch.distributed.get_rank() not in self._ranks:
+            self._route = []  # all is on other ranks
+        self._extra = list(norm_process_groups)
+        for group in self._extra:
+            shared = {*torch.distributed.get_process_group_ranks(group)}.intersection(self._ranks)
+            if len(shared) > 1:
+                raise ValueError(
+                    f"norm_process_groups: found a group with the ranks {sorted(shared)}, which "
+                    "share DTensor parameters, so that the norm is summed over them anyway; "
+                    "accepted: groups of ranks that share none"
+                )
+        self._apart = "" if mesh is not None or self._extra else _names(meshes)
+        self.classes = [_class_of(param, self._ranks) for param in params]
+        self._has_met, self._was_due = not self._route, False
+        if former is not None:
+            self._has_met |= former.share_parameters and former._has_met
+            self._was_due = former._was_due
+        self._due = self._compares = self._sums = self._told = False
         self._device = torch.device("cpu")
-        self._describe: Callable[[], list[str]] = list
+        self._say: Callable[[], Said] = lambda: Said([], [])
+        self._digest = b""  # of what is said, which no step changes
 
     @property
     def share_parameters(self) -> bool:
         """Whether any parameter is spread over ranks."""
-        return bool(self._own)
+        return bool(self._route)
+
+    @property
+    def are_met(self) -> bool:
+        """Whether there are any in some step, or ought to be."""
+        return bool(self._route or self._extra or self._apart)
 
     def begin(
-        self,
-        due: bool,
-        param_groups: int,
-        device: torch.device,
-        describe: Callable[[], list[str]],
-        *,
-        on_device: bool = False,
+        self, due: bool, device: torch.device, say: Callable[[], Said], *, on_device: bool = False
     ) -> None:
         """Before a step.
 
         Args:
             due: whether it depends on what other ranks have.
-            param_groups: how many there are.
             device: of the gradients.
-            describe: says what must be the same on all ranks that share parameters.
+            say: says what must be the same on all ranks that share parameters.
             on_device: whether the step is decided there.
         """
-        self._due = due and bool(self._classes_of)
-        self._param_groups = param_groups
+        self._due = due
+        comes = due or self._was_due
+        self._compares = not self._has_met or (comes and not on_device)
+        self._sums = comes and on_device
         self._device = device
-        self._describe = describe
-        self._on_device = on_device
+        self._say = say
         self._told = False
 
     def meet(
-        self, squares: NDArray[np.float64], overflow: bool
-    ) -> tuple[NDArray[np.float64], bool]:
-        """Sums over the ranks; whether any of them found an overflow.
+        self, squares: Sequence[float], overflow: bool, common: Callable[[], object]
+    ) -> tuple[float, bool]:
+        """The sum of squares over all ranks, and whether any of them found an overflow.
 
         Args:
-            squares: [classes, param groups].
+            squares: of each class.
             overflow: whether this rank found one.
+            common: what must be the same on all ranks of the route, in this step.
 
         Raises:
-            TypeError, ValueError, RuntimeError: a rank cannot take the step, or other param groups.
+            TypeError, ValueError, RuntimeError: a rank cannot take the step, or ranks differ.
         """
-        self._agree(Said(self._describe()) if not self._agreed else None)
-        if not self._due:
-            return squares, overflow
-        vector = torch.tensor([*squares.reshape(-1).tolist(), overflow, 0], dtype=torch.float64)
-        self._due = False
-        self.add_up(vector)
-        overflows, failures = vector[-_FLAGS:].tolist()
-        if failures:
-            self._raise_common(Said([]))
-        return vector[:-_FLAGS].numpy().reshape(squares.shape), overflows > 0
+        if self._apart and self._due:
+            raise ValueError(
+                f"params: found DTensors of {self._apart}, none of which has the ranks of all; "
+                "accepted with max_grad_norm, skip_nonfinite or a scaler: a mesh that has, or "
+                "norm_process_groups"
+            )
+        if not self._compares:
+            return squares[0], overflow
+        nonfinite = not all(map(math.isfinite, squares))
+        absent = self._was_due and not self._due
+        found = self._exchange([squares[0], overflow, nonfinite, absent], common)
+        self._was_due = self._due
+        total = math.nan if found[2] and math.isfinite(found[0]) else found[0]
+        return total, found[1] > 0
 
-    def meet_on_device(self, rows: Tensor, overflow: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """As `meet`, but the host waits at a first step alone; later a failure is an overflow.
+    def meet_on_device(
+        self, squares: Tensor, overflow: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """As `meet`, but the host waits at a first step alone; later an absence is an overflow.
 
         Args:
-            rows: the squares, float64 [classes * param groups].
+            squares: of each class, float64.
             overflow: float32, one element; above 0 where this rank found one.
 
         Returns:
-            The squares of each param group, and what any rank found.
+            The sum of squares, and what any rank found.
         """
-        self._agree(Said(self._describe()) if not self._agreed else None)
-        if self._due:
-            found = rows.new_zeros(_FLAGS)
-            if overflow is not None:
-                found[0] = overflow.reshape(())
-            vector = torch.cat((rows, found))
-            self._due = False
-            self.add_up(vector)
-            rows, overflow = vector[:-_FLAGS], vector[-_FLAGS:].sum().to(torch.float32)
-        return sum_of_classes(rows.view(self.class_count, -1)), overflow
+        if self._compares:
+            self._exchange([0.0] * _FLAGS)
+        if not self._sums:
+            return squares[0], overflow
+        self._sums = False
+        flags = squares.new_zeros(_FLAGS)
+        flags[0] = squares[0]
+        if overflow is not None:
+            flags[1] = overflow.reshape(())
+        flags[2] = ~squares.isfinite().all()
+        flags[3] = float(not self._due)
+        groups = [*self._route, *self._extra]
+        found = self._sum(flags, groups)
+        self._was_due = self._due
+        some_absent = (found[3] > 0) & (found[3] < _count(groups))
+        total = torch.where((found[2] > 0) & found[0].isfinite(), math.nan, found[0])
+        return total, ((found[1] > 0) | some_absent).to(torch.float32)
 
     def fail(self, error: Exception) -> NoReturn:
-        """Takes part in the meetings of a step that this rank cannot take, then raises on all."""
-        if self._told or type(error).__name__ not in _ERRORS or not self._classes_of:
+        """Takes part in the meeting of a step that this rank cannot take, then raises on all."""
+        if self._compares and not self._told:
+            self._exchange([0.0, 0.0, 0.0, 1.0], error=error)
+        if self._sums and not self._told:
+            absent = torch.zeros(_FLAGS, dtype=torch.float64, device=self._device)
+            absent[-1] = 1
+            self._sum(absent, [*self._route, *self._extra])
+            self._was_due = self._due
+        if self._told or type(error) not in _ERRORS or not (self._route or self._extra):
             raise error
-        message = f"rank {torch.distributed.get_rank()}: {error}"
-        said = Said([], (type(error).__name__, message))
-        if not self._agreed:
-            self._agree(said)
-        if self._due:
-            self._due = False
-            size = self.class_count * self._param_groups + _FLAGS
-            home = self._device if self._on_device else torch.device("cpu")
-            vector = torch.zeros(size, dtype=torch.float64, device=home)
-            vector[-1] = 1
-            self.add_up(vector)
-            if not self._on_device:
-                self._raise_common(said)
-        raise type(error)(message) from error
+        raise type(error)(_blamed(error)) from error
 
-    def add_up(self, vector: Tensor) -> None:
-        """Sums squares, [classes * param groups], and the flags after them, over the ranks."""
-        rows = vector[:-_FLAGS].view(self.class_count, -1)
-        for group, classes in self._classes_of:
+    def _exchange(
+        self,
+        flags: Sequence[float],
+        common: Callable[[], object] = lambda: None,
+        error: Exception | None = None,
+    ) -> list[float]:
+        """The flags, summed over all ranks; raises what one of them has to say."""
+        self._compares = False
+        words = self._hash(common) if self._route and error is None else (0.0,) * _WORDS
+        message = torch.tensor([*flags, *words, *(x * x for x in words)], dtype=torch.float64)
+        found = self._sum(message, self._route)
+        # Numbers are the same if and only if their variance is zero.
+        count = _count(self._route)
+        sums = found[_FLAGS:].tolist()
+        same = sums == [*(count * x for x in words), *(count * x * x for x in words)]
+        found = found[:_FLAGS]
+        found[-1] += 0 if same else math.inf
+        found = self._sum(found, self._extra)
+        if error is not None or found[-1] not in (0, count * _count(self._extra)):
+            self._raise_common(error)
+        self._has_met = True
+        return found.tolist()
+
+    def _hash(self, common: Callable[[], object]) -> tuple[float, ...]:
+        if not self._digest:
+            said = self._say()
+            self._digest = hashlib.sha256(repr((said.options, said.params)).encode()).digest()
+        digest = hashlib.sha256(self._digest + repr(common()).encode()).digest()
+        words = (digest[2 * i : 2 * i + 2] for i in range(_WORDS))
+        return tuple(float(int.from_bytes(word, "little")) for word in words)
+
+    def _sum(self, message: Tensor, groups: Iterable[ProcessGroup]) -> Tensor:
+        """The message, summed over the ranks of one group after the other."""
+        for group in groups:
             kinds = [kind.type for kind in group._device_types]
-            stays = vector.device.type in kinds
-            home = vector.device if stays else device_for(group, self._device)
-            everything = len(classes) == self.class_count
-            part = vector if everything else torch.cat((rows[classes].reshape(-1), vector[-2:]))
-            total = part.to(home)
+            stays = message.device.type in kinds
+            home = message.device if stays else device_for(group, self._device)
+            total = message.to(home, copy=True)
             torch.distributed.all_reduce(total, group=group)
-            if everything:
-                vector.copy_(total)
-            else:
-                rows[classes] = total[:-_FLAGS].view(len(classes), rows.shape[1]).to(vector.device)
-                vector[-_FLAGS:] = total[-_FLAGS:].to(vector.device)
+            message = total.to(message.device)
+        return message
 
-    def _agree(self, said: Said | None) -> None:
-        """Compares what the ranks that share parameters say, if this one has something to say."""
-        if said is None:
-            return
-        number = int.from_bytes(hashlib.sha256(repr(said).encode()).digest()[:7], "little")
-        extremes = torch.tensor([number, -number])
-        for group in _often(self._own):
-            found = extremes.to(device_for(group, self._device))
-            torch.distributed.all_reduce(found, torch.distributed.ReduceOp.MAX, group=group)
-            extremes = found.cpu()
-        if extremes.sum() != 0 or said.error is not None:
-            self._due = False
-            self._raise_common(said, self._own)
-        self._agreed = True
-
-    def _raise_common(self, said: Said, groups: Sequence[ProcessGroup] | None = None) -> NoReturn:
+    def _raise_common(self, error: Exception | None) -> NoReturn:
         """Tells all ranks what each says, and raises the same on all."""
         self._told = True
-        known = {torch.distributed.get_rank(): said}
-        if groups is None:
-            groups = [group for group, _ in self._classes_of]
-        for group in _often(groups):
+        said = self._say()._replace(route=self._ranks)
+        me = torch.distributed.get_rank()
+        if error is not None:
+            said = said._replace(error=(_kind_of(error).__name__, _blamed(error)))
+        known = {me: said}
+        for group in [*self._route, *self._extra]:
             lists: list[Any] = [None] * torch.distributed.get_world_size(group)
             torch.distributed.all_gather_object(lists, known, group=group)
             for other in lists:
                 known.update(other)
         ranks = sorted(known)
         for rank in ranks:
-            error = known[rank].error
-            if error is not None:
-                raise _ERRORS[error[0]](error[1])
+            found = known[rank].error
+            if found is not None:
+                (kind,) = (kind for kind in _ERRORS if kind.__name__ == found[0])
+                raise kind(found[1]) from error
         for rank in ranks:
-            for mine, theirs in zip_longest(known[ranks[0]].lines, known[rank].lines):
-                if mine != theirs:
-                    raise ValueError(
-                        f"rank {rank}: found {theirs or 'nothing more'}; on rank {ranks[0]} "
-                        f"{mine or 'nothing more'}; accepted: the same on every rank"
-                    )
-        raise RuntimeError("the ranks differ in what none of them can name")
+            first = next(r for r in ranks if known[r].route == known[rank].route)
+            _compare(ranks[0], known[ranks[0]].options, rank, known[rank].options)
+            _compare(first, known[first].params, rank, known[rank].params)
+        raise RuntimeError(
+            f"ranks {ranks}: found options, param groups or parameters that differ, or a rank that "
+            "registered them anew by itself; accepted: the same on every rank"
+        )
 
 
-def _often(groups: Sequence[ProcessGroup]) -> list[ProcessGroup]:
-    """The process groups so often that what one rank has comes to all."""
-    return [*groups] * len(groups)
+def _compare(first: int, expected: list[_Line], rank: int, said: list[_Line]) -> None:
+    """Refuses the first line in which two ranks differ, and names the values that do."""
+    for mine, theirs in zip_longest(expected, said, fillvalue=("nothing more",)):
+        if mine != theirs:
+            raise ValueError(
+                f"rank {rank}: found {_difference(theirs, mine)}; on rank {first} "
+                f"{_difference(mine, theirs)}; accepted: the same on every rank"
+            )
 
 
-def sum_of_classes(squares: Any) -> Any:
-    """The sums of each param group: [classes, param groups] to [param groups], in order."""
-    total = squares[0]
-    for row in squares[1:]:
-        total = total + row
-    return total
+def _difference(line: _Line, other: _Line) -> str:
+    """A line without the values that are the same in another one of the same title."""
+    values = line[1:]
+    if line[0] == other[0]:
+        values = tuple(value for value in values if value not in other)
+    return f"{line[0]} {', '.join(values)}".rstrip()
 
 
-def _members(group: ProcessGroup) -> _Members:
-    """The ranks of a process group, by which it is told from others.
+def _kind_of(error: Exception) -> type[Exception]:
+    return next((kind for kind in _ERRORS if isinstance(error, kind)), RuntimeError)
 
-    torch may have several of the same ranks, where a mesh is made twice.
+
+def _blamed(error: Exception) -> str:
+    """The message, with the rank, and with the type of an error whose message needs it."""
+    text = str(error) if isinstance(error, _ERRORS) else f"{type(error).__name__}: {error}"
+    return f"rank {torch.distributed.get_rank()}: {text}"
+
+
+def _count(groups: Iterable[ProcessGroup]) -> int:
+    """How many ranks a sum over one group after the other counts."""
+    return math.prod(map(torch.distributed.get_world_size, groups))
+
+
+def _ranks_of(mesh: Any) -> tuple[int, ...]:
+    return tuple(mesh.mesh.flatten().tolist())
+
+
+def _groups(mesh: Any) -> list[ProcessGroup]:
+    """Of the dimensions that have more than one rank."""
+    if mesh.get_coordinate() is None:
+        return []
+    return [mesh.get_group(axis) for axis in range(mesh.ndim) if mesh.size(axis) > 1]
+
+
+def _mesh_of_all(meshes: Sequence[Any]) -> Any:
+    """A mesh that has the ranks of all, one of the fewest dimensions; None where there is none.
+
+    It is the same on every rank, whatever the order of the parameters there: of meshes that were
+    made twice the older.
     """
-    return tuple(torch.distributed.get_process_group_ranks(group))
+    if not meshes:
+        return None
+    everyone = {rank for mesh in meshes for rank in _ranks_of(mesh)}
+    choices = [mesh for mesh in meshes if everyone.issubset(_ranks_of(mesh))]
+    if not choices:  # slices of one mesh, where another slice has them all
+        root = meshes[0]._get_root_mesh()
+        names = {name for mesh in meshes for name in mesh.mesh_dim_names or ("",)}
+        known = root.mesh_dim_names or ()
+        if any(mesh._get_root_mesh() != root for mesh in meshes) or not names.issubset(known):
+            return None
+        return root[tuple(name for name in known if name in names)]
+    return min(choices, key=_order)
 
 
-def _name_order(group: ProcessGroup) -> tuple[int, str]:
-    """By age, as torch numbers its groups."""
-    return len(group.group_name), group.group_name
+def _order(mesh: Any) -> tuple[Any, ...]:
+    ages = [(len(group.group_name), group.group_name) for group in _groups(mesh)]
+    return mesh.ndim, tuple(mesh.shape), _ranks_of(mesh), ages
+
+
+def _class_of(param: Any, everyone: Sequence[int]) -> int:
+    """0 where this rank adds a parameter's squares, 1 where one that has the same does.
+
+    Args:
+        param: plain, or a DTensor.
+        everyone: the ranks of the route.
+    """
+    if not everyone:
+        return 0
+    if not is_sharded(param):  # as one with a copy on each rank
+        return int(torch.distributed.get_rank() != everyone[0])
+    mesh = param.device_mesh
+    coordinate = mesh.get_coordinate()
+    if coordinate is None:
+        return 1
+    for place, placement in zip(coordinate, param.placements, strict=True):
+        if placement.is_replicate() and place:
+            return 1
+    ranks = _ranks_of(mesh)
+    is_slice = mesh._get_root_mesh() != mesh and len(ranks) < len(everyone)
+    return int(is_slice and everyone[0] not in ranks)  # of several slices alike the first
+
+
+def _names(meshes: Sequence[Any]) -> str:
+    """How messages call meshes."""
+    return " and ".join(f"a mesh of ranks {list(_ranks_of(mesh))}" for mesh in meshes)
 
 
 def device_for(process_group: ProcessGroup, device: torch.device) -> torch.device:

@@ -11,15 +11,14 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from fused_adamw import _C
 from fused_adamw.device_step import DeviceInputs, DeviceStep
 from fused_adamw.engines import Engine, device_of, engine_for
-from fused_adamw.measurements import Measurements
-from fused_adamw.ranks import Ranks
+from fused_adamw.measurements import Measurements, check_observable
+from fused_adamw.ranks import CLASSES, Ranks
 from fused_adamw.shards import WHOLE, Extent, is_sharded, local_of, mismatch, to_local, wrapped
 from fused_adamw.whole_step import EMA, PLAIN, Outcome, StepOptions, zero
 
@@ -81,7 +80,7 @@ class Member:
         group: index of its param group.
         label: how messages call it.
         extent: where its elements are in the whole tensor.
-        norm_class: number of its class: [note: meetings] in ranks.py.
+        norm_class: number of its class of `ranks.CLASSES`.
     """
 
     param: Tensor
@@ -216,7 +215,10 @@ class RegisteredList:
     ) -> Outcome:
         buckets = self.native.buckets()
         engines = [self._engine(device_of(bucket)) for bucket in buckets]
-        shape = self.ranks.class_count if self.ranks is not None else 1, len(hyperparameters)
+        if options.telemetry:
+            check_observable(engines, buckets)
+        groups = len(hyperparameters)
+        shape = 1 if self.ranks is None else CLASSES, groups
         coefficient = 1.0
         if self.device_step is not None:
             assert inputs is not None
@@ -233,11 +235,22 @@ class RegisteredList:
             if options.measures_norm:
                 measurements.grad_norm = self.device_step.grad_norm
         else:
-            squares, overflow = np.zeros(shape), options.overflow
+            # Of each param group; of each class where ranks meet, whose groups may be others.
+            sums, rows = (groups, 1) if self.ranks is None else (CLASSES, groups)
+            squares, overflow = [0.0] * sums, options.overflow
             if options.measures_norm:
-                squares = measurements.squares(self.native, engines, buckets, shape)
+                squares = measurements.squares(self.native, engines, buckets, sums, rows)
             if self.ranks is not None:
-                squares, overflow = self.ranks.meet(squares, overflow)
+                total, overflow = self.ranks.meet(
+                    squares,
+                    overflow,
+                    lambda: (
+                        *(options.max_grad_norm, options.skip_nonfinite),
+                        self.native.sharded_gradients,
+                        [current.values for current in hyperparameters],
+                    ),
+                )
+                squares = [total]
             norm = 0.0
             if options.measures_norm:
                 device = next(map(device_of, buckets), torch.device("cpu"))
@@ -246,7 +259,7 @@ class RegisteredList:
                 if options.zero_grads:
                     zero(self.native.zeroed)
                 if options.telemetry:
-                    measurements.observe_skip(shape[1])
+                    measurements.observe_skip(groups)
                 return Outcome.SKIPPED
             if options.max_grad_norm is not None:
                 coefficient = _C.clip_coefficient(norm, float(options.max_grad_norm))

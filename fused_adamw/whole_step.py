@@ -82,12 +82,7 @@ class StepOptions:
         for name in ("skip_nonfinite", "zero_grads", "telemetry"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name}: found {getattr(self, name)!r}, accepted: True or False")
-        groups = self.norm_process_groups
-        if not isinstance(groups, tuple | list) or not all(map(_is_process_group, groups)):
-            raise TypeError(
-                f"norm_process_groups: found {groups!r}, accepted: a sequence of "
-                "torch.distributed process groups"
-            )
+        check_process_groups(self.norm_process_groups)
         return self
 
 
@@ -108,6 +103,16 @@ def _check_number(name: str, value: Any, accepted: str, accepts: Any) -> None:
         raise TypeError(f"{name}: found {value!r}, accepted: None or {accepted}")
     if not accepts(float(value)):
         raise ValueError(f"{name}: found {value!r}, accepted: None or {accepted}")
+
+
+def check_process_groups(groups: Any) -> Sequence[Any]:
+    """``norm_process_groups``; raises ``TypeError`` for anything else."""
+    if isinstance(groups, tuple | list) and all(map(_is_process_group, groups)):
+        return groups
+    raise TypeError(
+        f"norm_process_groups: found {groups!r}, accepted: a sequence of torch.distributed process "
+        "groups"
+    )
 
 
 def _is_process_group(value: Any) -> bool:

@@ -362,7 +362,7 @@ def norms_of(grad: torch.Tensor, engines: Mapping[str, Engine]) -> dict[str, flo
 
 
 def norm_of(measured: Measurements, native: Any, engine: Engine, bucket: Any) -> float:
-    squares = measured.squares(native, [engine], [bucket], (1, 1))
+    squares = measured.squares(native, [engine], [bucket], 1)
     return measured.norm_of(squares, 1.0, torch.device("cpu"))
 
 
