@@ -558,14 +558,14 @@ class FusedOptimizer(Optimizer):
         for index, i, number in self._places():
             group = self.param_groups[index]
             param = group["params"][i]
-            gradient = "without" if is_sharded(param) and param.grad is None else "with"
+            without = is_sharded(param) and param.grad is None
             lines.append(
                 (
-                    f"{_label(number, group, i)} of param group {index} with",
-                    f"shape {tuple(param.shape)}",
+                    f"{_label(number, group, i)} of param group {index}",
+                    f"with shape {tuple(param.shape)}",
                     str(param.dtype),
                     f"placements {placements_name(param)}",
-                    f"{gradient} a gradient",
+                    f"{'without a' if without else 'with its'} gradient",
                 )
             )
         return Said(options, lines)
