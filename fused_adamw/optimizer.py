@@ -809,7 +809,8 @@ class FusedOptimizer(Optimizer):
 
         Float32 parameters change places with their averages; others get them rounded. Parameters
         without an average stay as they are. Steps, checkpoints of the optimizer and copies of it
-        are refused meanwhile.
+        are refused meanwhile. Under FSDP2 the model must be resharded where an evaluation ends, or
+        what it gathered last is used again: see docs/distributed.md.
 
         Raises:
             RuntimeError: within another such scope, where there are no averages, or without

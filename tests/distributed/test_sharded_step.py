@@ -324,3 +324,35 @@ def test_fully_shard(ranks: int) -> None:
 
 def test_fully_shard_and_tensor_parallel() -> None:
     assert on_ranks.run(fully_sharded, 4, ["fp32", "split"], True) == [[]] * 4
+
+
+def evaluated_with_averages(rank: int) -> list[bool]:
+    """Losses of training with an evaluation in each step, beside those without, and what it saw."""
+    from torch.distributed.fsdp import fully_shard
+
+    losses: dict[bool, list[Tensor]] = {False: [], True: []}
+    found = []
+    for evaluates, seen in losses.items():
+        net, other = Net(F32), Net(F32)
+        fully_shard(net.first)
+        fully_shard(net)
+        optimizer = FusedAdamW(net.parameters(), **LOUD, ema_decay=0.5)
+        for step in range(4):
+            torch.manual_seed(step)
+            x = torch.randn(4, 16)
+            loss = net(x).square().sum()
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            seen.append(loss.detach())
+            if evaluates:
+                with optimizer.swap_ema(), torch.no_grad():
+                    for param, its in zip(net.parameters(), other.parameters(), strict=True):
+                        its.copy_(param.full_tensor())
+                    found.append(torch.equal(net(x), other(x)))
+                    net.reshard()
+    return [*found, torch.equal(torch.stack(losses[False]), torch.stack(losses[True]))]
+
+
+def test_an_evaluation_with_averages_under_fsdp() -> None:
+    assert on_ranks.run(evaluated_with_averages, 2) == [[True] * 5] * 2
