@@ -1466,10 +1466,10 @@ class FusedOptimizer(Optimizer):
         ]
         if others:
             warnings.warn(
-                f"state_dict: {others[0]}: '{MASTER}' has other values than the parameter"
-                + f", and so {len(others) - 1} more" * (len(others) > 1)
-                + "; accepted: those of the model, which is loaded before the next step: that goes "
-                f"on from '{MASTER}'",
+                f"state_dict: {others[0]}"
+                + f" and {len(others) - 1} more" * (len(others) > 1)
+                + f": '{MASTER}' has other values than the parameter, and the next step goes on"
+                " from it; accepted: the parameter's values, or a model that is loaded later",
                 stacklevel=3,  # whoever called load_state_dict()
             )
 

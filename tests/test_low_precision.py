@@ -972,8 +972,8 @@ def test_a_master_of_other_weights() -> None:
         assert not optimizer.state
     optimizer = new("AdamW", "master", later)
     more = sum(param.numel() > 0 for param in later) - 1
-    others = f"'param_master' has other values than the parameter, and so {more} more"
-    with pytest.warns(UserWarning, match=f"state_dict: parameter 0: {others}"):
+    others = f"parameter 0 and {more} more: 'param_master' has other values than the parameter"
+    with pytest.warns(UserWarning, match=f"state_dict: {others}"):
         optimizer.load_state_dict(checkpoint)
     with torch.no_grad():
         for param, value in zip(later, params, strict=True):
