@@ -1,30 +1,48 @@
 """Distributed checkpoints of other formats, and of torch's optimizers.
 
-`torch.distributed.checkpoint.load` copies what was saved into the tensors of the state dict that it
-is given, whatever their dtype: codes of 8 bits would be copied as if they were numbers. With the
-planner of this module it loads the states of an optimizer as they were saved, and
-``load_state_dict`` converts them::
+`torch.distributed.checkpoint.load` loads what the state dict that it is given has, which is what
+its optimizer has: of another format it misses keys. With the planner of this module it loads the
+states of an optimizer as they were saved, and ``load_state_dict`` converts them::
 
     state = {"model": ..., "optim": ...}                      # of get_state_dict
     dcp.load(state, checkpoint_id=..., planner=LoadPlanner())
     set_state_dict(model, optimizer, model_state_dict=..., optim_state_dict=state["optim"])
+
+[note: flat state dicts] With ``StateDictOptions(flatten_optimizer_state_dict=True)`` the entries of
+a state are "state.<parameter>.<name>" in one dict, of which ``set_state_dict`` takes the names that
+the optimizer has. It takes dicts as well, from "state.<parameter>.<name>.<key>": there is put what
+has another name, and ``load_state_dict`` takes it out.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Collection, Mapping
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
-from fused_adamw.precision import BESIDE_KEYS, BLOCK, CODED, STATE_KINDS, scale_key
+from fused_adamw.precision import BESIDE_KEYS, BLOCK, STATE_KINDS, code_key, scale_key
 from fused_adamw.shards import is_sharded, local_of, split_for_blocks, wrapped
 from fused_adamw.whole_step import EMA
 
 _GROUPS, _STATE = "param_groups", "state"
+# Each of the parameter's shape.
+_ARRAYS = (*STATE_KINDS, *map(code_key, STATE_KINDS), *BESIDE_KEYS, EMA)
+
+
+class _Place(NamedTuple):
+    """Where the state of a parameter is: in a dict of its own, or in a flat one."""
+
+    path: tuple[Any, ...]  # of the dict
+    stem: str = ""  # with which its keys there begin
+
+    @property
+    def prefix(self) -> str:
+        """With which its keys in a checkpoint begin."""
+        return "".join(f"{part}." for part in self.path) + self.stem
 
 
 class LoadPlanner(DefaultLoadPlanner):
@@ -32,9 +50,10 @@ class LoadPlanner(DefaultLoadPlanner):
 
     What a checkpoint of torch's optimizer lacks (values of a param group, what completes a 16-bit
     parameter, averages) stays as it is in the state dict; anything else that is missing is refused
-    as by `DefaultLoadPlanner`, and so is a tensor of another shape. Memory for states that are to
-    be converted is taken beside the optimizer's own, until they have been; where blocks of codes do
-    not fit the shards, each rank loads all codes of the parameter.
+    as by `DefaultLoadPlanner`, and so are a tensor of another shape and another number of param
+    groups. Memory for states that are to be converted is taken beside the optimizer's own, until
+    they have been; where blocks of codes do not fit the shards, each rank loads all codes of the
+    parameter.
 
     Args:
         **options: of `torch.distributed.checkpoint.DefaultLoadPlanner`.
@@ -52,12 +71,12 @@ class LoadPlanner(DefaultLoadPlanner):
             return
         saved = metadata.state_dict_metadata
         for key, path in list(self.mappings.items()):
-            if _GROUPS in path and key not in saved:
-                if path[-1] == CODED:  # it speaks of the states that were saved
-                    del self._at(path[:-1])[CODED]
+            sign = _sign_of_group(path)
+            if sign is not None and key not in saved and sign in saved:
                 del self.state_dict[key], self.mappings[key]
-        for path in list(self._states()):
-            self._adapt(path, saved)
+        self._check_groups(saved)
+        for place, names in self._places().items():
+            self._adapt(place, names, saved)
 
     def _at(self, path: tuple[Any, ...]) -> Any:
         """What is at a path of the state dict."""
@@ -66,64 +85,101 @@ class LoadPlanner(DefaultLoadPlanner):
             found = found[part]
         return found
 
-    def _states(self) -> Iterator[tuple[Any, ...]]:
-        """The paths of parameters' states."""
-        paths = [path[:-1] for path in self.mappings.values() if _STATE in path[:-2]]
-        return iter(dict.fromkeys(paths))
+    def _check_groups(self, saved: Mapping[str, Any]) -> None:
+        """Refuses another number of param groups, which torch would take for another's values."""
+        paths = [path for path in self.mappings.values() if _GROUPS in path]
+        for path in dict.fromkeys(path[: path.index(_GROUPS) + 1] for path in paths):
+            name = ".".join(map(str, path))
+            own, found = len(self._at(path)), 0
+            while f"{name}.{found}.params" in saved:
+                found += 1
+            if found not in (0, own):
+                raise ValueError(
+                    f"{name}: found {found} param groups in the checkpoint, {own} in the optimizer;"
+                    " accepted: as many, or both saved and loaded with "
+                    "StateDictOptions(flatten_optimizer_state_dict=True), by parameter"
+                )
 
-    def _adapt(self, path: tuple[Any, ...], saved: dict[str, Any]) -> None:
+    def _places(self) -> dict[_Place, list[str]]:
+        """Where the states of parameters are, and the names in them."""
+        found: dict[_Place, list[str]] = {}
+        for path in self.mappings.values():
+            stem, dot, name = str(path[-1]).rpartition(".")
+            if _STATE in path[:-2] and isinstance(path[-1], str):
+                found.setdefault(_Place(path[:-1]), []).append(path[-1])
+            elif stem.startswith(f"{_STATE}."):
+                found.setdefault(_Place(path[:-1], stem + dot), []).append(name)
+        return found
+
+    def _adapt(self, place: _Place, names: list[str], saved: Mapping[str, Any]) -> None:
         """Makes room for the state of a parameter as it was saved."""
-        state = self._at(path)
-        prefix = ".".join(map(str, path)) + "."
-        names = [name for name in state if isinstance(state[name], Tensor)]
-        arrays = [name for name in names if name in STATE_KINDS]
-        like: Any = next((state[name] for name in arrays), None)
-        if like is None:
-            like = next((state[name] for name in names if name in (*BESIDE_KEYS, EMA)), None)
+        state = self._at(place.path)
+        entries = {name: state[place.stem + name] for name in names}
+        own = {name: value for name, value in entries.items() if isinstance(value, Tensor)}
+        like: Any = next((own[name] for name in own if name in _ARRAYS), None)
         if like is None:
             return
-        wanted: dict[str, Tensor] = {}
-        for name in arrays:
-            found, scale = saved.get(prefix + name), saved.get(prefix + scale_key(name))
-            if not isinstance(found, TensorStorageMetadata):
-                continue  # refused as missing
-            own_scale = state.get(scale_key(name))
-            if (None if scale is None else scale.size) != getattr(own_scale, "shape", None):
-                wanted.update(_room(name, like, found, scale))
-                if scale is None:
-                    self._drop(state, prefix, scale_key(name))
-        for name in (*BESIDE_KEYS, EMA):
-            found = saved.get(prefix + name)
-            if name in state and found is None:
-                self._drop(state, prefix, name)
-            elif isinstance(found, TensorStorageMetadata) and name in BESIDE_KEYS:
-                own = state.get(name)
-                if own is None or own.dtype != found.properties.dtype:
-                    wanted[name] = _empty(like, found.properties.dtype)
-        for name, tensor in wanted.items():
-            state[name] = self.state_dict[prefix + name] = tensor
-            self.mappings[prefix + name] = (*path, name)
 
-    def _drop(self, state: dict[str, Any], prefix: str, name: str) -> None:
-        """Takes what was not saved out of the state dict."""
-        state.pop(name, None)
-        for known in (self.state_dict, self.mappings):
-            known.pop(prefix + name, None)
+        def found(keys: Collection[str]) -> dict[str, TensorStorageMetadata]:
+            entries = {key: saved.get(place.prefix + key) for key in keys}
+            return {k: v for k, v in entries.items() if isinstance(v, TensorStorageMetadata)}
+
+        for name in STATE_KINDS:
+            keys = (name, code_key(name), scale_key(name))
+            mine, theirs = {key: own[key] for key in keys if key in own}, found(keys)
+            scale, its_scale = (x.get(scale_key(name)) for x in (mine, theirs))
+            same = getattr(scale, "shape", None) == getattr(its_scale, "size", None)
+            if mine and theirs and not (same and mine.keys() == theirs.keys()):
+                self._replace(place, mine, _room(name, like, theirs))
+        mine, theirs = {key: own[key] for key in BESIDE_KEYS if key in own}, found(BESIDE_KEYS)
+        dtypes = {key: value.dtype for key, value in mine.items()}
+        saved_dtypes = {key: value.properties.dtype for key, value in theirs.items()}
+        if dtypes != saved_dtypes:
+            self._replace(place, mine, {k: _empty(like, v) for k, v in saved_dtypes.items()})
+        if EMA in own and not found([EMA]):
+            self._replace(place, [EMA], {})
+
+    def _replace(self, place: _Place, names: Collection[str], by: dict[str, Tensor]) -> None:
+        """Takes entries out of a state, and puts others in: [note: flat state dicts]."""
+        state, prefix, stem = self._at(place.path), place.prefix, place.stem
+        if stem and not place.path:
+            raise ValueError(
+                f"state_dict: found the key '{stem}{next(iter([*names, *by]))}', of a flat state "
+                'dict in another format than was saved; accepted: {"optim": the flat state dict}'
+            )
+        for name in names:
+            del state[stem + name]
+            del self.state_dict[prefix + name], self.mappings[prefix + name]
+        under = f"{next(iter(names))}." if stem and names else ""
+        for name, tensor in by.items():
+            key = f"{stem}{under}{name}"
+            state[key] = self.state_dict[prefix + name] = tensor
+            self.mappings[prefix + name] = (*place.path, key)
 
 
-def _room(
-    name: str, like: Any, found: TensorStorageMetadata, scale: TensorStorageMetadata | None
-) -> dict[str, Tensor]:
-    """Tensors for a state, and its scales, as they were saved."""
-    dtype = found.properties.dtype
-    if scale is None:
-        return {name: _empty(like, dtype)}
+def _sign_of_group(path: tuple[Any, ...]) -> str | None:
+    """The key without which a checkpoint has nothing of the param group that a path leads into."""
+    for i, part in enumerate(map(str, path)):
+        if part == _GROUPS:
+            return ".".join(map(str, (*path[: i + 2], "params")))
+        if part.startswith(f"{_GROUPS}."):
+            return ".".join(map(str, (*path[:i], part.rpartition(".")[0], "lr")))
+    return None
+
+
+def _room(name: str, like: Any, found: dict[str, TensorStorageMetadata]) -> dict[str, Tensor]:
+    """Tensors for a state as it was saved: numbers, or codes and scales."""
+    codes, scale = found.get(code_key(name)), found.get(scale_key(name))
+    if codes is None or scale is None:
+        return {key: _empty(like, value.properties.dtype) for key, value in found.items()}
     device = local_of(like).device
     scales = torch.empty(scale.size, dtype=scale.properties.dtype, device=device)
     fit = is_sharded(like) and split_for_blocks(like, BLOCK) is not None
     if fit and scale.size.numel() * BLOCK == like.numel():
-        return {name: _empty(like, dtype), scale_key(name): scales}
-    return {name: torch.empty(found.size, dtype=dtype, device=device), scale_key(name): scales}
+        room = _empty(like, codes.properties.dtype)
+    else:
+        room = torch.empty(codes.size, dtype=codes.properties.dtype, device=device)
+    return {code_key(name): room, scale_key(name): scales}
 
 
 def _empty(like: Any, dtype: torch.dtype) -> Tensor:

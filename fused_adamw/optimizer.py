@@ -42,20 +42,22 @@ from fused_adamw.measurements import GroupTelemetry, Measurements
 from fused_adamw.memory_report import MemoryReport, PlannedTensor, memory_report
 from fused_adamw.precision import (
     BESIDE_KEYS,
-    CODED,
+    MASTER,
     STATE_KINDS,
     Layout,
-    are_coded,
     beside_of,
     blocks_fit,
     check_precision,
+    code_key,
     convert_state,
     decoded_states,
     full_value,
+    is_master_of,
     layout_of,
     local_state,
     localized_state,
     scale_key,
+    states_in,
     stored_state,
     wrapped_state,
 )
@@ -220,7 +222,7 @@ class FusedOptimizer(Optimizer):
     # Those that share parameters or their norm, if any; before a step not known.
     _ranks: Ranks | None
     _ranks_known: tuple[Sequence[Tensor], Sequence[Any]]  # of which parameters and process groups
-    # Those whose states were created for a checkpoint to have, before a first step.
+    # Those whose states are only there for checkpoints to have: their first step creates them anew.
     _unbegun: set[Tensor]
     # What captured graphs use, which may be replayed as long as the optimizer lives.
     _captured: list[Any]
@@ -817,7 +819,11 @@ class FusedOptimizer(Optimizer):
                 ``ema_decay``, as steps have then left the averages behind.
         """
         self._refuse_swapped("swap_ema")
-        averaged = [(param, state[EMA]) for param, state in self._state.items() if EMA in state]
+        averaged = [
+            (param, state[EMA])
+            for param, state in self._state.items()
+            if EMA in state and param not in self._unbegun
+        ]
         if not averaged:
             raise RuntimeError("swap_ema: found no averages, accepted: after a step with ema_decay")
         if self.ema_decay is None:
@@ -1074,12 +1080,14 @@ class FusedOptimizer(Optimizer):
                 complete = (stateless or state.keys() - besides) and averages <= (EMA in state)
                 if layout.beside_key is not None:
                     complete = complete and layout.beside_key in state
+                if param in self._unbegun and param.grad is None:
+                    complete = False
                 self._place_scalars(param, _HOST if inputs is None else param.device)
                 members.append(
                     Member(
                         param,
                         state if complete else None,
-                        names,
+                        layout.state_keys(names),
                         index,
                         _label(number, group, i),
                         counts=self._counts,
@@ -1144,14 +1152,18 @@ class FusedOptimizer(Optimizer):
         for group, param, layout in self._layouts():
             if not param.requires_grad or param.grad is None or self._state.get(param):
                 continue
-            state = self._initial_state(param, group, self._state_names(group), layout)
-            state.update(self._initial_beside(param, layout))
-            if not state and self.ema_decay is None:
-                continue
-            self._state[param].update(state)
-            if self.ema_decay is not None:
-                self._state[param][EMA] = self._full_value(param, layout)
-            self._unbegun.add(param)
+            state = self._first_state(param, group, layout)
+            if state:
+                self._state[param].update(state)
+                self._unbegun.add(param)
+
+    def _first_state(self, param: Tensor, group: dict[str, Any], layout: Layout) -> dict[str, Any]:
+        """All of a parameter's state as before its first step."""
+        state = self._initial_state(param, group, self._state_names(group), layout)
+        state.update(self._initial_beside(param, layout))
+        if self.ema_decay is not None:
+            state[EMA] = wrapped(_widened(param), param)
+        return state
 
     def _initial_beside(self, param: Tensor, layout: Layout) -> dict[str, Tensor]:
         """What completes a parameter that has had nothing beside it; empty where nothing does."""
@@ -1163,7 +1175,7 @@ class FusedOptimizer(Optimizer):
 
     def _full_value(self, param: Tensor, layout: Layout) -> Tensor:
         """The float32 value of a parameter, with the parameter's placements."""
-        state = local_state(self._state.get(param, {}))
+        state = {} if param in self._unbegun else local_state(self._state.get(param, {}))
         return wrapped(full_value(local_of(param), layout, state), param)
 
     def _extent(self, param: Tensor, layout: Layout) -> Extent:
@@ -1226,8 +1238,6 @@ class FusedOptimizer(Optimizer):
             if isinstance(group["schedule"], Schedule):
                 group["schedule"] = group["schedule"].describe()
             group["schedule_step"] = int(group["schedule_step"])
-            states = (found["state"].get(key, {}) for key in group["params"])
-            group[CODED] = "".join("1" if are_coded(state) else "0" for state in states)
         if self._positions:
             keys = chain.from_iterable(group["params"] for group in found["param_groups"])
             for key, param in zip(keys, chain.from_iterable(self._param_lists()), strict=True):
@@ -1241,9 +1251,11 @@ class FusedOptimizer(Optimizer):
 
         States are copied to their parameter's device and into its storage format, whatever format
         they were saved in; nothing is shared with ``state_dict``. Load the model first: what is
-        beside a parameter (`FusedOptimizer`, ``precision``) may be converted by its values.
-        Averages are loaded without ``ema_decay`` too, with a warning that steps will leave them as
-        they are.
+        beside a parameter (`FusedOptimizer`, ``precision``) may be converted by its values. States
+        of a step still to come, as `torch.distributed.checkpoint` has them, are created anew by
+        that step, from the parameter as it is then. Averages are loaded without ``ema_decay`` too,
+        with a warning that steps will leave them as they are; so are masters of other values than
+        the parameters', with a warning that steps will go on from them.
 
         Raises:
             ValueError: another algorithm, decay convention, number or size of groups, shape, or a
@@ -1262,7 +1274,7 @@ class FusedOptimizer(Optimizer):
                     f"state_dict: found no {key!r}; accepted: an optimizer's state_dict()"
                 )
         groups = self._loaded_groups(state_dict["param_groups"])
-        states = self._loaded_states(state_dict, groups)
+        states, unbegun = self._loaded_states(state_dict, groups)
         if self.ema_decay is None and any(
             EMA in states.get(param, ()) for group in groups for param in group["params"]
         ):
@@ -1272,6 +1284,8 @@ class FusedOptimizer(Optimizer):
                 stacklevel=2,
             )
         self.__setstate__({"state": states, "param_groups": groups})
+        self._unbegun = unbegun
+        self._warn_of_other_masters()
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
 
@@ -1291,6 +1305,11 @@ class FusedOptimizer(Optimizer):
                     f"{where} has {len(saved['params'])} parameters, "
                     f"accepted: {len(group['params'])}"
                 )
+            if saved.keys() == {"params"}:  # torch found no saved group for these parameters
+                raise ValueError(
+                    f"{where} has no values: its parameters were saved in other param groups; "
+                    "accepted: the groups that were saved"
+                )
             missing = sorted(self._group_keys - saved.keys())
             if missing:
                 raise ValueError(
@@ -1303,7 +1322,7 @@ class FusedOptimizer(Optimizer):
                     f"{where} is of another algorithm than {type(self).__name__}: "
                     f"it has {', '.join(foreign)}"
                 )
-            left_out = {"params", CODED, *_OF_ALL_GROUPS}
+            left_out = {"params", *_OF_ALL_GROUPS}
             new = deepcopy({key: value for key, value in saved.items() if key not in left_out})
             self._adopt_group(where, group, new)
             new["params"] = group["params"]
@@ -1357,7 +1376,10 @@ class FusedOptimizer(Optimizer):
         """Whether decay by L2 is a factor of the parameter."""
         return False
 
-    def _loaded_states(self, state_dict: dict[str, Any], groups: list[dict[str, Any]]) -> States:
+    def _loaded_states(
+        self, state_dict: dict[str, Any], groups: list[dict[str, Any]]
+    ) -> tuple[States, set[Tensor]]:
+        """The states, and the parameters of which the first step is still to come."""
         saved_ids = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
         members = chain.from_iterable(
             ((param, group, i) for i, param in enumerate(group["params"])) for group in groups
@@ -1366,41 +1388,36 @@ class FusedOptimizer(Optimizer):
             key: (*member, f"state_dict: {_label(index, member[1], member[2])}")
             for index, (key, member) in enumerate(zip(saved_ids, members, strict=True))
         }
-        coded = {
-            param: flag == "1"
-            for group, saved_group in zip(groups, state_dict["param_groups"], strict=True)
-            for param, flag in zip(group["params"], saved_group.get(CODED, ""))  # noqa: B905
-        }
         states: States = defaultdict(dict)
+        unbegun = set()
         for key, saved in state_dict["state"].items():
             if key not in by_id:
                 states[key] = saved  # not of a parameter: kept as it is, as torch does
                 continue
             param, group, place, where = by_id[key]
-            # torch's SGD of old saved a buffer of None.
-            saved = {name: value for name, value in saved.items() if value is not None}
-            if saved and coded.get(param, are_coded(saved)) != are_coded(saved):
-                raise ValueError(
-                    f"{where}: found states that are {'codes' if are_coded(saved) else 'numbers'} "
-                    "by their dtype and were not when they were saved; accepted: as they were "
-                    "saved, for which torch.distributed.checkpoint.load takes "
-                    "planner=fused_adamw.checkpoint.LoadPlanner()"
-                )
-            if saved:
-                states[param] = self._loaded_state(where, group, place, saved)
-        return states
+            saved = dict(_entries(saved))
+            if not saved:
+                continue
+            state, has_begun = self._loaded_state(where, group, place, saved)
+            if state:
+                states[param] = state
+            if state and not has_begun:
+                unbegun.add(param)
+        return states, unbegun
 
     def _loaded_state(
         self, where: str, group: dict[str, Any], place: int, saved: dict[str, Any]
-    ) -> dict[str, Any]:
+    ) -> tuple[dict[str, Any], bool]:
+        """The state of a parameter, and whether it has taken a step."""
         param = group["params"][place]
         names = self._state_names(group)
         needed = {*names, *(["step"] if self._counts else [])}
         if self._scalar is not None:
             needed.add(self._scalar)
         arrays = self._known_states.union(names)
+        uncoded = {code_key(name): name for name in arrays}
         known = {*needed, *arrays, *map(scale_key, arrays), *BESIDE_KEYS, EMA}
-        found = set(saved)
+        found = {uncoded.get(key, key) for key in saved}
         if not needed <= found <= known:
             raise ValueError(
                 f"{where} is of another algorithm than {type(self).__name__}: "
@@ -1412,27 +1429,64 @@ class FusedOptimizer(Optimizer):
                 state[name] = _loaded_scalar(where, name, value, torch.float32)
             elif name == self._scalar:
                 state[name] = _loaded_scalar(where, name, value, torch.float64)
-            elif name == EMA or (name in arrays and scale_key(name) not in saved):
+            elif name == EMA or name in arrays:
                 _check_loaded(f"{where}: '{name}'", value, param)
         saved = self._localized(where, saved, param)
         local = local_of(param)
         if EMA in saved:
             ema = saved[EMA].detach().to(local.device, torch.float32, copy=True)
             state[EMA] = wrapped(ema, param)
-        present = [name for name in saved if name in arrays]
+        present = states_in(saved, arrays)
         if param.dtype not in PARAM_DTYPES:  # which nothing steps
-            return {**state, **{name: saved[name] for name in present}}
+            return {**state, **{name: saved[name] for name in saved if name in arrays}}, True
+        layout = self._layout(group, place)
         try:
+            if not self._has_begun(group, saved):
+                return self._first_state(param, group, layout), False
             converted = convert_state(
-                saved,
-                local,
-                present,
-                [STATE_KINDS[name] for name in present],
-                self._layout(group, place),
+                saved, local, present, [STATE_KINDS[name] for name in present], layout
             )
+            master = saved.get(MASTER) if layout.beside not in ("", "master") else None
+            if master is not None and not is_master_of(master.to(local.device), local):
+                raise ValueError(
+                    f"'{MASTER}': found other values than the parameter's, accepted: those of the "
+                    f"parameter, to which it is converted ({layout}); load the model first"
+                )
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from None
-        return {**state, **wrapped_state(converted, param)}
+        return {**state, **wrapped_state(converted, param)}, True
+
+    def _has_begun(self, group: dict[str, Any], saved: dict[str, Any]) -> bool:
+        """Whether a saved state is of a parameter that has taken a step.
+
+        Of rules that count no steps the group's count tells, and where that was reset the arrays.
+        """
+        if float(saved["step"] if self._counts else group["schedule_step"]) > 0:
+            return True
+        names = self._state_names(group)
+        decoded = decoded_states(saved, names, [STATE_KINDS[name] for name in names])
+        return not all(
+            torch.allclose(x, x.new_tensor(self._initial_value(name, group)), rtol=2**-7, atol=0)
+            for name, x in decoded.items()
+        )
+
+    def _warn_of_other_masters(self) -> None:
+        others = [
+            _label(number, self.param_groups[index], i)
+            for index, i, number in self._places()
+            for param in self.param_groups[index]["params"][i : i + 1]
+            if param not in self._unbegun
+            and MASTER in self._state.get(param, ())
+            and not is_master_of(local_of(self._state[param][MASTER]), local_of(param))
+        ]
+        if others:
+            warnings.warn(
+                f"state_dict: {others[0]}"
+                + f" and {len(others) - 1} more" * (len(others) > 1)
+                + f": '{MASTER}' has other values than the parameter, and the next step goes on"
+                " from it; accepted: the parameter's values, or a model that is loaded later",
+                stacklevel=3,  # whoever called load_state_dict()
+            )
 
     def _localized(self, where: str, saved: dict[str, Any], param: Tensor) -> dict[str, Any]:
         """A saved state with this rank's part of every array, of DTensors or of whole tensors.
@@ -1456,15 +1510,16 @@ class FusedOptimizer(Optimizer):
         """
         found = self.state_dict()
         names = [name for name in STATE_KINDS if name in self._known_states]
-        left_out = {*map(scale_key, names), *BESIDE_KEYS}
-        for group in found["param_groups"]:
-            del group[CODED]
+        left_out = {*map(code_key, names), *map(scale_key, names), *BESIDE_KEYS}
         for key, state in found["state"].items():  # the optimizer's own dicts
-            present = [name for name in names if name in state]
+            present = states_in(state, names)
             kinds = [STATE_KINDS[name] for name in present]
             kept = {name: value for name, value in state.items() if name not in left_out}
             decoded = decoded_states(local_state(state), present, kinds)
-            wrapped_again = {name: wrapped(value, state[name]) for name, value in decoded.items()}
+            wrapped_again = {
+                name: wrapped(value, state.get(name, state.get(code_key(name))))
+                for name, value in decoded.items()
+            }
             found["state"][key] = {**kept, **wrapped_again}
         return found
 
@@ -1635,6 +1690,18 @@ def _is_plain(value: Any) -> bool:
 def _label(index: int, group: dict[str, Any], place: int) -> str:
     names = group.get("param_names")
     return f"parameter {index}" + (f" ('{names[place]}')" if names else "")
+
+
+def _entries(saved: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    """What is in a saved state, or in a dict within it: [note: flat state dicts] in checkpoint.py.
+
+    torch's SGD of old saved a buffer of None.
+    """
+    for name, value in saved.items():
+        if isinstance(value, dict):
+            yield from value.items()
+        elif value is not None:
+            yield name, value
 
 
 def _loaded_scalar(where: str, name: str, value: Any, dtype: torch.dtype) -> Tensor:

@@ -29,7 +29,7 @@ of small tensors. Functions here take local tensors, with scales of one dimensio
 from __future__ import annotations
 
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -64,20 +64,22 @@ STATE_KINDS = {
 """What the numbers of each state are, by its key; the extension says the same of its rules."""
 
 
+def code_key(name: str) -> str:
+    """The key of the codes of a coded state, which by its own name nobody can take for numbers."""
+    return f"{name}_codes"
+
+
 def scale_key(name: str) -> str:
     """The key of the scales of a coded state."""
     return f"{name}_scale"
 
 
 _SCALE_KEYS = frozenset(map(scale_key, STATE_KINDS))
-CODED = "coded_states"
-"""A param group's key in a checkpoint: of each parameter "1" if its states are coded, else "0"."""
 
 
-def are_coded(state: dict[str, Any]) -> bool:
-    """Whether a parameter's state has codes, by its dtypes."""
-    arrays = (state.get(name) for name in STATE_KINDS)
-    return any(getattr(x, "dtype", None) in (torch.int8, torch.uint8) for x in arrays)
+def states_in(state: dict[str, Any], names: Iterable[str]) -> list[str]:
+    """Which of these a parameter's state has, coded or not."""
+    return [name for name in names if name in state or code_key(name) in state]
 
 
 def blocks_fit(param: Tensor) -> bool:
@@ -111,7 +113,7 @@ def localized_state(saved: dict[str, Any], param: Tensor) -> dict[str, Any]:
     split = split_for_blocks(param, BLOCK) if sharded else None
     whole_split = block_split(param.shape, {}, BLOCK)
     for name, kind in STATE_KINDS.items():
-        value, scale = saved.get(name), saved.get(scale_key(name))
+        value, scale = saved.get(code_key(name)), saved.get(scale_key(name))
         if not isinstance(value, Tensor) or not isinstance(scale, Tensor) or is_sharded(scale):
             continue
         shapes = [torch.Size((-(-param.numel() // BLOCK),))]
@@ -124,7 +126,7 @@ def localized_state(saved: dict[str, Any], param: Tensor) -> dict[str, Any]:
             found[scale_key(name)] = sliced(scale.reshape(shape), param)
         elif sharded and not is_sharded(value):
             found[name] = decode_state(value, scale.reshape(-1), kind)
-            del found[scale_key(name)]
+            del found[code_key(name)], found[scale_key(name)]
         else:
             found[scale_key(name)] = scale.reshape(-1)
     if sharded:
@@ -226,6 +228,10 @@ class Layout:
     def beside_key(self) -> str | None:
         """The key of the array beside the parameter in its state; ``None`` where there is none."""
         return _BESIDES[self.beside].key if self.beside else None
+
+    def state_keys(self, names: Iterable[str]) -> tuple[str, ...]:
+        """The keys of the arrays of these states; of coded ones there are scales too."""
+        return tuple(code_key(name) if self.state_dtype is None else name for name in names)
 
     @property
     def draws(self) -> bool:
@@ -688,23 +694,31 @@ def _is_dense(tensor: Tensor) -> bool:
     return True
 
 
-def _checked(saved: dict[str, Any], name: str, kind: str, shape: torch.Size) -> Tensor | None:
-    """The scales of a saved state, if it is coded; refuses what is in no format."""
-    code = _code_of(kind)
-    key = scale_key(name)
-    value, scale = saved.get(name), saved.get(key)
-    accepted = f"floating-point or {_name(code.dtype)} of shape {tuple(shape)}, with memory"
-    if not isinstance(value, Tensor) or value.layout != torch.strided or value.is_meta:
-        raise _refuse(name, value, accepted)
-    is_coded = value.dtype == code.dtype
-    if value.shape != shape or not (is_coded or value.is_floating_point()):
-        raise _refuse(name, value, accepted)
+def _checked(
+    saved: dict[str, Any], name: str, kind: str, shape: torch.Size
+) -> tuple[Tensor, Tensor | None]:
+    """The numbers of a saved state, or its codes and scales; refuses what is in no format."""
+    is_coded = code_key(name) in saved
+    key = code_key(name) if is_coded else name
+    value, scale = saved.get(key), saved.get(scale_key(name))
+    dtype = _code_of(kind).dtype
+    accepted = f"{_name(dtype) if is_coded else 'floating-point'} of shape {tuple(shape)}"
+    if (
+        not isinstance(value, Tensor)
+        or value.layout != torch.strided
+        or value.is_meta
+        or not (value.dtype == dtype if is_coded else value.is_floating_point())
+        or value.shape != shape
+    ):
+        raise _refuse(key, value, f"{accepted}, with memory")
     if not is_coded:
         if scale is not None:
-            raise _refuse(key, scale, f"none beside '{name}' of {_name(value.dtype)}")
-        return None
+            raise _refuse(scale_key(name), scale, f"none beside '{name}'")
+        return value, None
+    if name in saved:
+        raise ValueError(f"'{key}': found beside '{name}', accepted: one of them")
     if not _is_dense(value):
-        raise ValueError(f"'{name}': found codes with gaps in memory, accepted: dense codes")
+        raise ValueError(f"'{key}': found codes with gaps in memory, accepted: dense codes")
     blocks = -(-value.numel() // BLOCK)
     if (
         not isinstance(scale, Tensor)
@@ -712,8 +726,9 @@ def _checked(saved: dict[str, Any], name: str, kind: str, shape: torch.Size) -> 
         or scale.shape != (blocks,)
         or scale.is_meta
     ):
-        raise _refuse(key, scale, f"float32 of shape ({blocks},), one for {BLOCK} of '{name}'")
-    return scale
+        accepted = f"float32 of shape ({blocks},), one for {BLOCK} of '{key}'"
+        raise _refuse(scale_key(name), scale, accepted)
+    return value, scale
 
 
 @torch.no_grad()
@@ -731,7 +746,7 @@ def stored_state(name: str, x: Tensor, kind: str, layout: Layout) -> dict[str, T
     """
     if layout.state_dtype is None:
         codes, scale = encode_state(x, kind)
-        return {name: codes, scale_key(name): scale}
+        return {code_key(name): codes, scale_key(name): scale}
     return {name: x.to(layout.state_dtype)}
 
 
@@ -769,8 +784,8 @@ def convert_state(
     """
     state: dict[str, Tensor] = {}
     for name, kind in zip(names, kinds, strict=True):
-        scale = _checked(saved, name, kind, param.shape)
-        value: Tensor = saved[name].detach()
+        value, scale = _checked(saved, name, kind, param.shape)
+        value = value.detach()
         if scale is None and layout.state_dtype is not None:
             state[name] = _placed(value, param, layout.state_dtype)
         elif scale is None:
@@ -779,7 +794,7 @@ def convert_state(
             value = value.to(param.device)
             scale = scale.detach().to(param.device, copy=True)
             if layout.state_dtype is None and _is_in_order_of(value, param):
-                state[name], state[scale_key(name)] = _placed(value, param), scale
+                state[code_key(name)], state[scale_key(name)] = _placed(value, param), scale
             else:
                 x = _placed(decode_state(value, scale, kind), param)
                 state.update(stored_state(name, x, kind, layout))
@@ -826,6 +841,18 @@ def _converted_beside(array: Tensor, source: str, param: Tensor, target: str) ->
 
 
 @torch.no_grad()
+def is_master_of(master: Tensor, param: Tensor) -> bool:
+    """Whether float32 values are those of a 16-bit parameter.
+
+    As near as bfloat16 is, whatever the parameter's dtype: it may have been saved in another one.
+    """
+    near = torch.isclose(
+        master, param.detach().to(torch.float32), rtol=2**-7, atol=2**-24, equal_nan=True
+    )
+    return bool(near.logical_or_(master.to(param.dtype) == param).all())
+
+
+@torch.no_grad()
 def decoded_states(
     state: dict[str, Any], names: Sequence[str], kinds: Sequence[str]
 ) -> dict[str, Tensor]:
@@ -836,10 +863,9 @@ def decoded_states(
     """
     decoded: dict[str, Tensor] = {}
     for name, kind in zip(names, kinds, strict=True):
-        value = state.get(name)
+        value = state.get(code_key(name), state.get(name))
         shape = value.shape if isinstance(value, Tensor) else torch.Size()
-        scale = _checked(state, name, kind, shape)
-        assert isinstance(value, Tensor)
+        value, scale = _checked(state, name, kind, shape)
         decoded[name] = (
             value.detach().to(torch.float32, copy=True)
             if scale is None

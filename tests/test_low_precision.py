@@ -19,6 +19,10 @@ import torch
 from drawn_training import assert_same_to_rounding, saved
 from family import CLASSES
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
 
 from fused_adamw import (
     FusedAdadelta,
@@ -47,6 +51,7 @@ from fused_adamw.precision import (
     STATE_KINDS,
     Layout,
     beside_of,
+    code_key,
     in_memory_order,
     layout_of,
     scale_key,
@@ -521,12 +526,14 @@ def test_what_is_coded(name: str, numel: int) -> None:
     is_coded = numel >= LEAST_CODED
     expected = {"exp_avg": torch.int8, "exp_avg_sq": torch.uint8, "max_exp_avg_sq": torch.uint8}
     for key, coded in expected.items():
-        assert state[key].dtype == (coded if is_coded else F32)
         if is_coded:
+            assert key not in state
+            assert state[code_key(key)].dtype == coded
             assert state[scale_key(key)].shape == (-(-numel // BLOCK),)
             assert state[scale_key(key)].dtype == F32
         else:
-            assert scale_key(key) not in state
+            assert state[key].dtype == F32
+            assert not {code_key(key), scale_key(key)} & state.keys()
     remainder = state.get("param_remainder")
     if dtype == F32:
         assert remainder is None
@@ -550,7 +557,8 @@ def test_strides_do_not_matter(name: str) -> None:
         state = optimizer.state[param]
         if permuted:
             layout = FORMATS[name].layout(param.numel())
-            for key in filter(None, (*names_of(optimizer), layout.beside_key)):
+            names = layout.state_keys(names_of(optimizer))
+            for key in filter(None, (*names, layout.beside_key)):
                 assert state[key].stride() == param.stride()
         found.append({key: bits(value)[::2] for key, value in {**state, "": param}.items()})
     assert found[0] == found[1]
@@ -627,7 +635,7 @@ def test_precision_chosen_for_each_parameter() -> None:
         "head.bias": Layout("split", "remainder16", F32, False),
     }
     train(optimizer, list(params.values()), range(2))
-    assert optimizer.state[model.embedding.weight]["exp_avg"].dtype == torch.int8
+    assert optimizer.state[model.embedding.weight]["exp_avg_codes"].dtype == torch.int8
     assert optimizer.state[model.head.weight]["exp_avg"].dtype == F32
     seen.clear()
     unnamed = FusedAdamW(model.parameters(), precision=chosen)
@@ -810,7 +818,7 @@ def assert_converted(source: FusedOptimizer, target: FusedOptimizer, name: str) 
         for key in names:
             x = exported[i][key]
             if layout.state_dtype == former.state_dtype is None:
-                entries = (key, scale_key(key))
+                entries = (code_key(key), scale_key(key))
                 wanted = {entry: source.state[saved_param][entry] for entry in entries}
             else:
                 wanted = stored_state(key, x, STATE_KINDS[key], layout)
@@ -950,6 +958,58 @@ def test_exports_of_every_class_are_float32(case: str) -> None:
             assert all(state[key].dtype == F32 for key in names_of(optimizer))
 
 
+def test_a_master_of_other_weights() -> None:
+    """As of a model that is loaded later: kept with a warning, but not converted."""
+    params, later = make_params(BF16), make_params(BF16)
+    source = new("AdamW", "master", params)
+    train(source, params, range(3))
+    checkpoint = saved(source.state_dict())
+    for name in ("split", "kahan", "8bit"):
+        optimizer = new("AdamW", name, make_params(BF16))
+        message = "state_dict: parameter 0: 'param_master': found other values than the parameter's"
+        with pytest.raises(ValueError, match=message):
+            optimizer.load_state_dict(checkpoint)
+        assert not optimizer.state
+    optimizer = new("AdamW", "master", later)
+    more = sum(param.numel() > 0 for param in later) - 1
+    others = f"parameter 0 and {more} more: 'param_master' has other values than the parameter"
+    with pytest.warns(UserWarning, match=f"state_dict: {others}"):
+        optimizer.load_state_dict(checkpoint)
+    with torch.no_grad():
+        for param, value in zip(later, params, strict=True):
+            param.copy_(value)
+    for own, by in ((params, source), (later, optimizer)):
+        train(by, own, range(3, 5))
+    assert everything(optimizer, later) == everything(source, params)
+
+
+@every_format
+def test_what_is_beside_begins_with_the_first_step(name: str) -> None:
+    """Of a state that only a checkpoint has, whenever the gradient comes and the weights change."""
+    found = []
+    for early in (False, True):
+        model = nn.ParameterList(make_params(FORMATS[name].dtype))
+        params = list(model.parameters())
+        optimizer = new("SGD", name, params, ema_decay=0.9)
+        optimizer.param_groups[0]["dampening"] = 0.5
+        if early:
+            state = get_optimizer_state_dict(model, optimizer)
+            set_optimizer_state_dict(model, optimizer, optim_state_dict=state)
+        with torch.no_grad():
+            for param in params:
+                param.mul_(2.0)
+        masters = list(master_parameters(optimizer))
+        assert all(map(torch.equal, masters, (param.float() for param in params)))
+        train(optimizer, params[:1], range(1))
+        with torch.no_grad():
+            params[1].mul_(2.0)
+        with optimizer.swap_ema():
+            found.append([bits(param) for param in params])
+        train(optimizer, params, range(1, 3))
+        found.append(everything(optimizer, params))
+    assert found[:2] == found[2:]
+
+
 def without(state: dict[str, Any], key: str) -> None:
     del state[key]
 
@@ -969,11 +1029,11 @@ def set_to(value: Any) -> Any:
         ("exp_avg_sq_scale", set_to(lambda scale: scale.to(BF16))),
         ("exp_avg_scale", set_to(lambda scale: scale[None])),
         ("exp_avg_scale", set_to(lambda scale: scale.tolist())),
-        ("exp_avg", without),
-        ("exp_avg", set_to(lambda codes: codes.to(torch.uint8))),
-        ("exp_avg_sq", set_to(lambda codes: codes.to(torch.int8))),
-        ("exp_avg", set_to(lambda codes: codes[:-1])),
-        ("exp_avg_sq", set_to(lambda codes: codes.to(torch.int32))),
+        ("exp_avg_codes", without),
+        ("exp_avg_codes", set_to(lambda codes: codes.to(torch.uint8))),
+        ("exp_avg_sq_codes", set_to(lambda codes: codes.to(torch.int8))),
+        ("exp_avg_codes", set_to(lambda codes: codes[:-1])),
+        ("exp_avg_sq_codes", set_to(lambda codes: codes.to(torch.int32))),
         ("param_remainder", set_to(lambda remainder: remainder.float())),
         ("param_remainder", set_to(lambda remainder: remainder.t())),
     ],

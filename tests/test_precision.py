@@ -24,12 +24,14 @@ from fused_adamw.precision import (
     PRECISIONS,
     Layout,
     beside_of,
+    code_key,
     convert_state,
     decode_state,
     decoded_states,
     encode_state,
     full_value,
     in_memory_order,
+    is_master_of,
     layout_of,
     scale_key,
 )
@@ -594,7 +596,7 @@ def in_format(name: str, laid: str = "plain") -> tuple[Tensor, dict[str, Any]]:
     for key, kind in zip(NAMES, KINDS, strict=True):
         value = LAID[laid](values_of(kind))
         if layout.state_dtype is None:
-            state[key], state[scale_key(key)] = encode_state(value, kind)
+            state[code_key(key)], state[scale_key(key)] = encode_state(value, kind)
         else:
             state[key] = value.to(layout.state_dtype)
     if array is not None:
@@ -631,17 +633,18 @@ def test_states_are_converted(source: str, target: str, saved_laid: str, laid: s
     param = LAID[laid](torch.zeros(21, 10, dtype=dtype))
     loaded = convert_state(saved, param, NAMES, KINDS, layout)
     for name, kind in zip(NAMES, KINDS, strict=True):
-        value = saved[name]
-        if not value.is_floating_point():
-            value = decode_state(value, saved[scale_key(name)], kind)
+        if name in saved:
+            value = saved[name]
+        else:
+            value = decode_state(saved[code_key(name)], saved[scale_key(name)], kind)
         value = LAID[laid](value.float())
         if layout.state_dtype is not None:
             assert same_bits(loaded.pop(name), value.to(layout.state_dtype))
             continue
         codes, scale = encode_state(value, kind)
         if not FORMATS[source][1].state_dtype and saved_laid == laid:
-            codes, scale = saved[name], saved[scale_key(name)]
-        assert same_bits(loaded.pop(name), codes)
+            codes, scale = saved[code_key(name)], saved[scale_key(name)]
+        assert same_bits(loaded.pop(code_key(name)), codes)
         assert same_bits(loaded.pop(scale_key(name)), scale)
     assert not loaded  # where nothing was saved beside the parameter, nothing is
 
@@ -727,6 +730,17 @@ def test_a_remainder_completes_bfloat16_alone(source: str) -> None:
         )
 
 
+@pytest.mark.parametrize("dtype", [BF16, F16])
+@pytest.mark.parametrize("way", [BF16, F16, F32])
+def test_a_master_is_known_by_its_values(dtype: torch.dtype, way: torch.dtype) -> None:
+    """By way of another dtype too; one other value is enough."""
+    master = weights()
+    param = master.to(way).to(dtype)
+    assert is_master_of(master, param)
+    param[-1, -1] *= 1.02
+    assert not is_master_of(master, param)
+
+
 META = {"device": "meta"}
 CODES = torch.zeros(21, 10, dtype=torch.int8)
 GAPS = torch.zeros(21, 20, dtype=torch.int8)[:, ::2]
@@ -740,16 +754,14 @@ REFUSED: list[tuple[str, str, Any, str]] = [
     ("8bit", "exp_avg_scale", torch.ones(4, **META), "found float32"),
     ("8bit", "exp_avg_scale", 1.0, "found a float, accepted"),
     ("8bit", "exp_inf_scale", torch.ones(210), "found float32 of shape (210,)"),
-    (
-        "8bit",
-        "exp_avg_sq",
-        CODES,
-        "found int8 of shape (21, 10), accepted: floating-point or uint8",
-    ),
-    ("8bit", "exp_avg", CODES.byte(), "found uint8 of shape (21, 10), accepted: floating-point or"),
-    ("8bit", "exp_avg", CODES.short(), "found int16"),
-    ("8bit", "exp_avg", CODES.t(), "found int8 of shape (10, 21)"),
-    ("8bit", "exp_avg", GAPS, "found codes with gaps in memory, accepted: dense"),
+    ("8bit", "exp_avg_sq_codes", CODES, "found int8 of shape (21, 10), accepted: uint8 of shape"),
+    ("8bit", "exp_avg_codes", CODES.byte(), "found uint8 of shape (21, 10), accepted: int8 of"),
+    ("8bit", "exp_avg_codes", CODES.short(), "found int16"),
+    ("8bit", "exp_avg_codes", CODES.t(), "found int8 of shape (10, 21)"),
+    ("8bit", "exp_avg_codes", FLOATS, "found float32 of shape (21, 10), accepted: int8 of shape"),
+    ("fp32", "exp_avg", CODES, "found int8 of shape (21, 10), accepted: floating-point of shape"),
+    ("fp32", "exp_avg_codes", CODES, "found beside 'exp_avg', accepted: one of them"),
+    ("8bit", "exp_avg_codes", GAPS, "found codes with gaps in memory, accepted: dense"),
     ("fp32", "exp_avg_scale", torch.ones(4), "found float32 of shape (4,), accepted: none beside"),
     ("fp32", "exp_avg_sq", None, "found nothing, accepted: floating-point"),
     ("fp32", "exp_avg", FLOATS.flatten(), "found float32 of shape (210,)"),
@@ -791,11 +803,12 @@ def test_export(name: str) -> None:
     found = decoded_states(saved, NAMES, KINDS)
     assert tuple(found) == NAMES
     for key, kind in zip(NAMES, KINDS, strict=True):
-        value = saved[key]
         if scale_key(key) in saved:
-            value = decode_state(value, saved[scale_key(key)], kind)
+            value = decode_state(saved[code_key(key)], saved[scale_key(key)], kind)
+        else:
+            value = saved[key]
+            assert found[key].data_ptr() != value.data_ptr()
         assert same_bits(found[key], value.float())
-        assert found[key].data_ptr() != saved[key].data_ptr()
     if scale_key("exp_avg") in saved:
         del saved[scale_key("exp_avg")]
         with pytest.raises(ValueError, match="'exp_avg_scale': found nothing"):
