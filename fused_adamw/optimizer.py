@@ -761,7 +761,7 @@ class FusedOptimizer(Optimizer):
         if not options.zero_grads:
             return
         grads = [p.grad for group in self.param_groups for p in group["params"]]
-        zero([grad for grad in grads if grad is not None])
+        zero([local_of(grad) for grad in grads if grad is not None])
 
     @property
     def grad_norm(self) -> Tensor | None:

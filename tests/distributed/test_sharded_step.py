@@ -331,6 +331,29 @@ def test_missing_gradients_strides_averages_and_zeroed_gradients() -> None:
     assert on_ranks.run(some_gradients_missing, 2) == [[], []]
 
 
+def overflow(rank: int) -> list[str]:
+    """That the scaler found, where nothing asks for the gradients: they are zeroed all the same."""
+    mesh = init_device_mesh("cpu", (torch.distributed.get_world_size(),))
+    meshes: list[Any] = [(mesh, [Shard(0)]), (None, [])]
+    pair = Pair(partial(FusedAdamW, **LOUD, zero_grads=True), [(8, 4), (4,)], F32, meshes)
+    pair.set_grads(0)
+    grads = [param.grad for param in pair.params]
+    local = grads[0].to_local()
+    versions = local._version, grads[1]._version
+    pair.optimizer.found_inf = pair.reference.found_inf = torch.ones(())
+    pair.optimizer.step()
+    pair.reference.step()
+    found = [f"gradient {i}" for i, x in enumerate([local, grads[1]]) if x.count_nonzero()]
+    if (local._version, grads[1]._version) <= versions:
+        found.append("autograd does not know")
+    return found + pair.differences()
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_overflow_with_zeroed_gradients(ranks: int) -> None:
+    assert on_ranks.run(overflow, ranks) == [[]] * ranks
+
+
 def deferred(rank: int) -> list[str]:
     """Gradients as collectives hand them out, still on their way."""
     from torch.distributed._functional_collectives import all_reduce
