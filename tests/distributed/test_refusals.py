@@ -29,6 +29,7 @@ from torch.distributed.tensor.placement_types import _StridedShard
 
 from fused_adamw import FusedAdamW
 from fused_adamw.checkpoint import LoadPlanner
+from fused_adamw.step_in_backward import step_in_backward
 
 pytestmark = on_ranks.needs_gloo
 
@@ -238,6 +239,25 @@ def test_placements_that_cannot_be_stepped() -> None:
             assert f"{found}bf16" in message
             assert "stochastic rounding" in message
             assert "accepted: one piece of the whole, cut in its outermost dimension" in message
+
+
+def in_backward(rank: int) -> str:
+    from torch.distributed.fsdp import fully_shard
+
+    net = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    fully_shard(net[1])  # the first layer is plain
+    optimizer = FusedAdamW([{"params": layer.parameters()} for layer in net])
+    message = refused(lambda: step_in_backward(net, optimizer))
+    step_in_backward(net[0], optimizer).remove()
+    return message
+
+
+def test_step_in_backward_of_sharded_parameters() -> None:
+    for message in on_ranks.run(in_backward, 2, seconds=SECONDS):
+        assert message == (
+            "TypeError: model_or_params: found a DTensor in param group 1, whose gradient ranks "
+            "may yet reduce; accepted: plain tensors"
+        )
 
 
 # --- Checkpoints ---------------------------------------------------------------------------------
