@@ -1,15 +1,18 @@
 """Train the demo's GPT on several devices with FSDP2, and survive the loss of a process.
 
 Every parameter is sharded over the ranks, and FusedAdamW steps the shards. Every so many steps a
-checkpoint is written while training goes on; a run that is started with --resume goes on from the
-last complete one. Batches follow from the seed and the step's number alone, so that it ends with
-the bits of a run that was never interrupted. On GPUs with NCCL, on a CPU with gloo:
+checkpoint is written while training goes on. A run that torchrun restarts, or that is started with
+--resume, goes on from the last complete one; without --resume the folder must have none. Batches
+follow from the seed and the step's number alone, so that it ends with the bits of a run that was
+never interrupted. On GPUs with NCCL, on a CPU with gloo:
 
     torchrun --standalone --nproc-per-node 2 --max-restarts 3 \
         examples/train_fsdp.py --precision split --checkpoints run --resume
 
 A checkpoint is written to `step-<number>.writing`, and gets its name, `step-<number>`, when all
-ranks have written all of it; so one that was being written when a process died is never loaded.
+ranks have written all of it and it is on the disk; so one that was being written when a process
+died, or the power failed, is never loaded. It has the weights, the optimizer's states and how many
+steps were taken; all hyperparameters are those of the command line.
 """
 
 from __future__ import annotations
@@ -55,6 +58,10 @@ SCHEDULES: dict[str, Callable[[int], Schedule]] = {
     "warm-restarts": lambda steps: CosineWarmRestarts(T_0=-(-steps // 7), T_mult=2),  # 3 cycles
 }
 """What follows the warm-up, for so many steps: down to zero but for "constant"."""
+OF_COMMAND_LINE = ("lr", "weight_decay", "schedule", "seed")
+"""Of a param group what a checkpoint does not decide."""
+BEGUN = "training has begun"
+"""The key in torchrun's store, which outlives a restart."""
 
 
 def make_model(args: argparse.Namespace, device: torch.device) -> GPT:
@@ -83,6 +90,21 @@ def mean_over_ranks(value: Tensor) -> float:
     return total.item() / distributed.get_world_size()
 
 
+def complete(folder: Path) -> list[tuple[int, Path]]:
+    """The checkpoints in a folder that have all been written, by their steps."""
+    found = folder.iterdir() if folder.is_dir() else ()
+    return sorted((int(p.name[5:]), p) for p in found if re.fullmatch(r"step-\d+", p.name))
+
+
+def put_on_disk(folder: Path) -> None:
+    """Waits until the names in a folder are; dcp does so for what is in the files."""
+    entries = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(entries)
+    finally:
+        os.close(entries)
+
+
 class Checkpoints:
     """The checkpoints in a folder, one of which may be being written."""
 
@@ -99,8 +121,7 @@ class Checkpoints:
 
     def last(self) -> Path | None:
         """The newest complete checkpoint, the same for all ranks."""
-        complete = [p for p in self.folder.iterdir() if re.fullmatch(r"step-\d+", p.name)]
-        found = [max(complete, key=lambda path: int(path.name[5:]), default=None)]
+        found = [path for _, path in complete(self.folder)[-1:]] or [None]
         distributed.broadcast_object_list(found)
         return found[0]
 
@@ -125,7 +146,9 @@ class Checkpoints:
         writing, path = self._writing
         writing.result()  # of rank 0: all ranks have written
         if distributed.get_rank() == 0:
+            put_on_disk(path.with_suffix(".writing"))
             path.with_suffix(".writing").rename(path)
+            put_on_disk(self.folder)
         self._writing = None
 
 
@@ -137,14 +160,14 @@ def state_of(model: nn.Module, optimizer: FusedAdamW, step: int) -> dict[str, An
 
 def load(path: Path, model: nn.Module, optimizer: FusedAdamW) -> int:
     """Goes on from a checkpoint, of any number of ranks and any precision; returns its step."""
-    schedules = [group["schedule"] for group in optimizer.param_groups]
+    kept = [{name: group[name] for name in OF_COMMAND_LINE} for group in optimizer.param_groups]
     state = state_of(model, optimizer, 0)
     dcp.load(state, checkpoint_id=path, planner=LoadPlanner())
     set_state_dict(
         model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optim"]
     )
-    for group, schedule in zip(optimizer.param_groups, schedules, strict=True):
-        group["schedule"] = schedule  # of this command line, not of the run that saved
+    for group, options in zip(optimizer.param_groups, kept, strict=True):
+        group.update(options)
     return int(state["step"])
 
 
@@ -217,16 +240,17 @@ def train(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     }
 
 
-def meet(backend: str) -> None:
+def meet(backend: str, store: distributed.Store) -> None:
     """Makes up the process group.
 
     Ranks find each other through torchrun's store. That outlives a restart, and has the addresses
     of processes that have died: what is written anew must have other keys.
     """
-    store, rank, ranks = next(iter(distributed.rendezvous("env://")))
     restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     own = distributed.PrefixStore(f"restart-{restarts}", store)
+    rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     distributed.init_process_group(backend, store=own, rank=rank, world_size=ranks)
+    store.set(BEGUN, "")  # all ranks are here
 
 
 def argument_parser() -> argparse.ArgumentParser:
@@ -250,7 +274,7 @@ def argument_parser() -> argparse.ArgumentParser:
     option("--seed", type=int, default=0, help="of weights, batches and random bits")
     option("--checkpoints", type=Path, metavar="FOLDER", help="where to write checkpoints")
     option("--checkpoint-every", type=int, default=50, metavar="STEPS", help="and the last one")
-    option("--resume", action="store_true", help="from the last complete checkpoint, if any")
+    option("--resume", action="store_true", help="from the last checkpoint, if there is one")
     option("--output", type=Path, metavar="FILE", help="JSON of what came of it")
     return parser
 
@@ -270,6 +294,15 @@ def check(args: argparse.Namespace) -> None:
         raise ValueError(f"--batch-size must be a multiple of {ranks}, found {args.batch_size}")
     if args.resume and args.checkpoints is None:
         raise ValueError("--resume needs --checkpoints")
+    if args.checkpoints is not None:
+        found = complete(args.checkpoints)
+        if found and not args.resume:
+            raise ValueError(
+                "--checkpoints must be a folder without any, or be given with --resume; found "
+                f"{found[-1][1]}"
+            )
+        if found and found[-1][0] > args.steps:
+            raise ValueError(f"--steps must reach those of {found[-1][1]}, found {args.steps}")
     GPTConfig(args.context, args.layers, args.heads, args.width)
     split_text(load_text(args.text), args.context)
 
@@ -280,6 +313,8 @@ def main() -> None:
     args = parser.parse_args()
     if "LOCAL_RANK" not in os.environ:
         parser.error("start it by torchrun --standalone --nproc-per-node N examples/train_fsdp.py")
+    store, _, _ = next(iter(distributed.rendezvous("env://")))
+    args.resume |= args.checkpoints is not None and store.check([BEGUN])
     try:
         check(args)
     except (OSError, ValueError) as error:
@@ -288,7 +323,7 @@ def main() -> None:
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
-    meet("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    meet("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", store)
     try:
         found = train(args, device)
         if distributed.get_rank() == 0:

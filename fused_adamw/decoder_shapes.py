@@ -6,14 +6,32 @@ parameters (an output layer tied to the embedding) stand once, as an optimizer s
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 Shape = tuple[int, ...]
 
 
-def gpt2(*, layers: int, width: int, vocabulary: int, context: int) -> list[Shape]:
-    """GPT-2: learned positions, layer norms with biases, output tied to the embedding."""
+def gpt2(
+    *,
+    layers: int,
+    width: int,
+    vocabulary: int,
+    context: int,
+    hidden: int | None = None,
+    tied: bool = True,
+) -> list[Shape]:
+    """GPT-2: learned positions, layer norms with biases.
+
+    Args:
+        layers: number of blocks.
+        width: of the residual stream.
+        vocabulary: number of tokens.
+        context: number of positions.
+        hidden: width of the MLP; by default four times `width`.
+        tied: whether the output layer is the embedding.
+    """
+    hidden = 4 * width if hidden is None else hidden
     norm: list[Shape] = [(width,), (width,)]
     shapes: list[Shape] = [(vocabulary, width), (context, width)]
     for _ in range(layers):
@@ -21,8 +39,9 @@ def gpt2(*, layers: int, width: int, vocabulary: int, context: int) -> list[Shap
         shapes += [(width, 3 * width), (3 * width,)]  # GPT-2 stores them inputs x outputs
         shapes += [(width, width), (width,)]
         shapes += norm
-        shapes += [(width, 4 * width), (4 * width,), (4 * width, width), (width,)]
-    return shapes + norm
+        shapes += [(width, hidden), (hidden,), (hidden, width), (width,)]
+    shapes += norm
+    return shapes if tied else [*shapes, (vocabulary, width)]
 
 
 def llama(
@@ -34,10 +53,10 @@ def llama(
     vocabulary: int,
     tied: bool,
     query_width: int | None = None,
-    biases: bool = False,
+    biases: Collection[str] = (),
     head_norms: int = 0,
 ) -> list[Shape]:
-    """Llama: grouped-query attention, gated MLP, RMS norms, no biases.
+    """Llama: grouped-query attention, gated MLP, RMS norms.
 
     Args:
         layers: number of blocks.
@@ -47,17 +66,21 @@ def llama(
         vocabulary: number of tokens.
         tied: whether the output layer is the embedding.
         query_width: of all queries; by default `width`.
-        biases: of queries, keys and values, as in Qwen2.
+        biases: what has them: "inputs" and "output" of the attention, "mlp".
         head_norms: width of the norms of queries and keys, as in Qwen3; 0: none.
     """
     query_width = width if query_width is None else query_width
+
+    def linear(kind: str, outputs: int, inputs: int) -> list[Shape]:
+        return [(outputs, inputs), (outputs,)] if kind in biases else [(outputs, inputs)]
+
     shapes: list[Shape] = [(vocabulary, width)]
     for _ in range(layers):
         for outputs in (query_width, key_value_width, key_value_width):
-            shapes += [(outputs, width), (outputs,)] if biases else [(outputs, width)]
-        shapes.append((width, query_width))
+            shapes += linear("inputs", outputs, width)
+        shapes += linear("output", width, query_width)
         shapes += [(head_norms,), (head_norms,)] if head_norms else []
-        shapes += [(hidden, width), (hidden, width), (width, hidden)]
+        shapes += linear("mlp", hidden, width) * 2 + linear("mlp", width, hidden)
         shapes += [(width,), (width,)]
     shapes.append((width,))
     return shapes if tied else [*shapes, (vocabulary, width)]
@@ -128,8 +151,8 @@ def shapes_of(config: Mapping[str, Any]) -> list[Shape]:
         config: as in a config.json of transformers.
 
     Raises:
-        ValueError: a model type that is not one of `MODEL_TYPES`, or a number that is missing or
-            is none; it names the key.
+        ValueError: a model type that is not one of `MODEL_TYPES`, a number that is missing or is
+            none, or cross-attention; it names the key.
     """
 
     def number(key: str, default: int | None = None) -> int:
@@ -139,26 +162,43 @@ def shapes_of(config: Mapping[str, Any]) -> list[Shape]:
             raise ValueError(f"{key}: found {value!r}, accepted: an integer >= 1")
         return value
 
+    def flag(key: str, default: bool = False) -> bool:
+        value = config.get(key, default)
+        if not isinstance(value, bool):
+            raise ValueError(f"{key}: found {value!r}, accepted: True or False")
+        return value
+
     model_type = config.get("model_type")
     if model_type == "gpt2":
+        if flag("add_cross_attention"):
+            raise ValueError("add_cross_attention: found True, accepted: False")
+        width = number("n_embd")
         return gpt2(
             layers=number("n_layer"),
-            width=number("n_embd"),
+            width=width,
             vocabulary=number("vocab_size"),
             context=number("n_positions"),
+            hidden=number("n_inner", 4 * width),
+            tied=flag("tie_word_embeddings", True),
         )
     if model_type not in _LIKE_LLAMA:
         raise ValueError(f"model_type: found {model_type!r}, accepted: {', '.join(MODEL_TYPES)}")
     width, heads = number("hidden_size"), number("num_attention_heads")
-    head = number("head_dim", width // heads)
+    normed = model_type == "qwen3"
+    head = number("head_dim", None if normed else width // heads)
+    biases = {"inputs"} if model_type == "qwen2" else set()
+    if model_type in ("llama", "qwen3") and flag("attention_bias"):
+        biases |= {"inputs", "output"}
+    if model_type == "llama" and flag("mlp_bias"):
+        biases.add("mlp")
     return llama(
         layers=number("num_hidden_layers"),
         width=width,
         hidden=number("intermediate_size"),
         key_value_width=head * number("num_key_value_heads", heads),
         vocabulary=number("vocab_size"),
-        tied=bool(config.get("tie_word_embeddings", False)),
+        tied=flag("tie_word_embeddings"),
         query_width=head * heads,
-        biases=model_type == "qwen2",
-        head_norms=head if model_type == "qwen3" else 0,
+        biases=biases,
+        head_norms=head if normed else 0,
     )

@@ -777,7 +777,7 @@ class FusedOptimizer(Optimizer):
         if not options.zero_grads:
             return
         grads = [p.grad for group in self.param_groups for p in group["params"]]
-        zero([grad for grad in grads if grad is not None])
+        zero([local_of(grad) for grad in grads if grad is not None])
 
     @property
     def grad_norm(self) -> Tensor | None:
@@ -1186,11 +1186,14 @@ class FusedOptimizer(Optimizer):
         """
         extent = extent_of(param) if is_sharded(param) else WHOLE
         if extent is None and layout.draws:
+            lists = self._param_lists()
+            index, i, number = next(at for at in self._places() if lists[at[0]][at[1]] is param)
             raise ValueError(
-                f"placements: found {placements_name(param)} for shape {tuple(param.shape)} beside "
-                f"{layout}, which draws random bits by the number of an element; accepted: shards "
-                "of the first dimension and of one other, and each cut evenly where several "
-                "dimensions of the mesh cut it"
+                f"{_label(number, self.param_groups[index], i)}: placements: found "
+                f"{placements_name(param)} for shape {tuple(param.shape)} and "
+                f"strides {tuple(param.stride())} beside {layout}, which draws random bits by the "
+                "number of an element; accepted: one piece of the whole, cut in its outermost "
+                "dimension and in one other"
             )
         return extent or WHOLE
 

@@ -19,7 +19,8 @@ import torch
 from fused_adamw import checks
 from fused_adamw.decoder_shapes import MODELS, Shape, shapes_of
 from fused_adamw.memory_report import MemoryReport, PlannedTensor, memory_report
-from fused_adamw.precision import PRECISIONS, layout_of
+from fused_adamw.precision import BLOCK, PRECISIONS, layout_of
+from fused_adamw.shards import block_split
 
 GB = 10**9
 _MEASURED_BYTES = 2**28
@@ -77,8 +78,14 @@ def planned(shapes: Sequence[Shape], ranks: int, row: Row, states: int) -> Memor
 
     def tensors() -> Iterator[PlannedTensor]:
         for shape in shapes:
-            # Whether a tensor's states are coded follows from its whole size.
-            layout = layout_of(row.dtype, math.prod(shape), row.precision, **row.options)
+            # Whether states are coded follows from its whole size, and from its shards.
+            layout = layout_of(
+                row.dtype,
+                math.prod(shape),
+                row.precision,
+                codable=ranks == 1 or block_split(shape, {0: [ranks]}, BLOCK) is not None,
+                **row.options,
+            )
             yield PlannedTensor(shard(shape, ranks), row.dtype, layout, states)
 
     return memory_report(tensors())
@@ -182,7 +189,8 @@ def _shapes(parsed: argparse.Namespace) -> list[Shape]:
     if parsed.model is not None:
         return shapes_of(MODELS[parsed.model])
     if parsed.params is not None:
-        return [(_number(parsed.params), 1)]
+        rows, rest = divmod(_number(parsed.params), BLOCK)  # so that blocks of codes fit any shard
+        return [shape for shape in [(rows, BLOCK), (rest,)] if shape[0]]
     try:
         config = json.loads(parsed.config.read_text())
         if not isinstance(config, dict):

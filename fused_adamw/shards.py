@@ -5,6 +5,7 @@ torch.distributed.tensor is imported only where somebody else has: without it th
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
@@ -71,7 +72,7 @@ def sliced(whole: Tensor, like: Any) -> Tensor:
     return found
 
 
-def row_major(shape: torch.Size) -> tuple[int, ...]:
+def row_major(shape: Sequence[int]) -> tuple[int, ...]:
     """Strides of dense memory whose last dimension is innermost."""
     strides = [1]
     for size in reversed(shape[1:]):
@@ -116,19 +117,39 @@ def refuse_placements(param: Any) -> None:
             )
 
 
+def mesh_cuts(param: Any) -> dict[int, list[int] | None]:
+    """Of each dimension of a DTensor that is sharded, the sizes of the mesh dimensions that do it.
+
+    None where a rank may have several pieces of the dimension. A strided placement makes as many
+    as its factor; a rank has one of them if the placements after it share out as many, as those of
+    FSDP2 over tensor parallel do, and if all of them divide the dimension evenly.
+    """
+    cuts: dict[int, list[int]] = {}
+    strided: set[int] = set()
+    scattered: set[int] = set()
+    for axis, placement in reversed(list(enumerate(param.placements))):
+        dim = getattr(placement, "dim", None)
+        if dim is None:
+            continue
+        after, size = cuts.setdefault(dim, []), param.device_mesh.size(axis)
+        pieces = getattr(placement, "split_factor", 1)
+        if pieces > 1 and size > 1:
+            (strided if pieces == math.prod(after) else scattered).add(dim)
+        after.append(size)
+    scattered |= {dim for dim in strided if param.shape[dim] % math.prod(cuts[dim])}
+    return {dim: None if dim in scattered else sizes for dim, sizes in cuts.items()}
+
+
 def split_for_blocks(param: Any, block: int) -> int | None:
     """The dimension from which on a DTensor is cut into blocks: `block_split`."""
     if tuple(param.stride()) != row_major(param.shape):
         return None
-    cuts: dict[int, list[int]] = {}
-    for axis, placement in enumerate(param.placements):
-        dim = getattr(placement, "dim", None)
-        if dim is not None:
-            cuts.setdefault(dim, []).append(param.device_mesh.size(axis))
-    return block_split(param.shape, cuts, block)
+    return block_split(param.shape, mesh_cuts(param), block)
 
 
-def block_split(shape: Sequence[int], cuts: Mapping[int, Sequence[int]], block: int) -> int | None:
+def block_split(
+    shape: Sequence[int], cuts: Mapping[int, Sequence[int] | None], block: int
+) -> int | None:
     """The dimension from which on the elements of a tensor are cut into blocks; None: they cannot.
 
     With the dimensions from it on as one of blocks, the tensor of something that there is one of
@@ -136,7 +157,8 @@ def block_split(shape: Sequence[int], cuts: Mapping[int, Sequence[int]], block: 
 
     Args:
         shape: of the whole, row-major.
-        cuts: of each dimension that is sharded, the sizes of the dimensions of the mesh that do it.
+        cuts: of each dimension that is sharded, the sizes of the dimensions of the mesh that do it;
+            None: a rank has several pieces of it.
         block: elements in a block, which follow each other.
     """
     if 0 in shape:
@@ -147,9 +169,10 @@ def block_split(shape: Sequence[int], cuts: Mapping[int, Sequence[int]], block: 
         inner *= shape[split]
     if inner % block or split == len(shape) or any(dim > split for dim in cuts):
         return None
-    parts, sizes = 1, cuts.get(split, ())
-    for size in sizes:
-        parts *= size
+    sizes = cuts.get(split, ())
+    if sizes is None:
+        return None
+    parts = math.prod(sizes)
     if len(sizes) > 1 and (shape[split] % parts or inner // block % parts):
         return None
     chunk, row = -(-shape[split] // parts), inner // shape[split]  # of one rank
@@ -168,7 +191,7 @@ class Extent(NamedTuple):
     """Where a shard's elements are in the whole tensor: [note: runs] in csrc/core/extent.h.
 
     Attributes:
-        offset: number of its first element, in row-major order.
+        offset: number of its first element, in the order of the whole tensor's memory.
         run: how many follow each other in the whole, before others; 0: all of them.
         stride: from the first of a run to the first of the next, in the whole.
     """
@@ -184,8 +207,9 @@ WHOLE = Extent(0)
 def extent_of(param: Any) -> Extent | None:
     """Where this rank's elements of a parameter are in the whole; None where no `Extent` says it.
 
-    That is so where more than two dimensions are cut, or two of them not from the outermost, or
-    where a mesh cuts one dimension in strides that do not divide it evenly.
+    That is so where more than two dimensions are cut, or two of them not from the outermost, where
+    a rank has several pieces of a dimension, or where the local tensor is in another order of
+    memory than the whole.
     """
     if not is_sharded(param):
         return WHOLE
@@ -195,25 +219,30 @@ def extent_of(param: Any) -> Extent | None:
     local, offsets = compute_local_shape_and_global_offset(shape, mesh, placements)
     if 0 in local or not offsets:
         return WHOLE
-    strides = row_major(shape)
-    offset = sum(map(int.__mul__, offsets, strides))
-    cut = [dim for dim, size in enumerate(shape) if local[dim] != size]
-    for dim in cut:
-        axes = [axis for axis, item in enumerate(placements) if getattr(item, "dim", None) == dim]
-        parts = 1
-        for axis in axes:
-            parts *= mesh.size(axis)
-        strided = any(hasattr(placements[axis], "split_factor") for axis in axes)
-        if strided and shape[dim] % parts:
-            return None
-    outermost = next((dim for dim, size in enumerate(shape) if size > 1), 0)
-    inner = [dim for dim in cut if dim != outermost]
+    cuts = mesh_cuts(param)
+    order = sorted((dim for dim, size in enumerate(shape) if size > 1), key=param.stride)[::-1]
+    if any(cuts.get(dim, ()) is None for dim in order):
+        return None
+    if not all(_is_nested(x, order) for x in (param, local_of(param))):
+        return None
+    offset = sum(offsets[dim] * param.stride(dim) for dim in order)
+    inner = [dim for dim in order[1:] if local[dim] != shape[dim]]
     if not inner:
         return Extent(offset)
     if len(inner) > 1:
         return None
     (dim,) = inner
-    return Extent(offset, local[dim] * strides[dim], shape[dim] * strides[dim])
+    return Extent(offset, local[dim] * param.stride(dim), shape[dim] * param.stride(dim))
+
+
+def _is_nested(tensor: Tensor, order: Sequence[int]) -> bool:
+    """Whether memory is dense, with these dimensions from the outermost on; others have size 1."""
+    sizes = [tensor.shape[dim] for dim in order]
+    strides = [tensor.stride(dim) for dim in order]
+    return all(
+        size == 1 or own == dense
+        for size, own, dense in zip(sizes, strides, row_major(sizes), strict=True)
+    )
 
 
 def shard_groups(param: Any) -> tuple[list[ProcessGroup], list[ProcessGroup]]:

@@ -18,6 +18,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from fused_adamw import _C
 from fused_adamw.optimizer import FusedOptimizer, Place
+from fused_adamw.shards import is_sharded
 
 _FUNCTIONS = sys.modules[torch.autograd.Function.__module__].__file__
 
@@ -51,11 +52,11 @@ def step_in_backward(
 
     What needs all gradients at once cannot be had: clipping by the global norm, telemetry, skipping
     of steps that are not finite (and so `torch.amp.GradScaler`), gradients that are reduced over
-    processes afterwards (DistributedDataParallel and the like), and activation checkpoints with
-    ``use_reentrant=True``, which are backward passes within the backward pass. All of these are
-    refused as far as they can be seen: a DistributedDataParallel is when it is given itself, and a
-    GradScaler when ``optimizer.grad_scale`` or ``found_inf`` is set, as within ``scaler.step``.
-    ``capturable=True`` is refused, too.
+    processes afterwards (DistributedDataParallel, FSDP2 and the like), and activation checkpoints
+    with ``use_reentrant=True``, which are backward passes within the backward pass. All of these
+    are refused as far as they can be seen: a DistributedDataParallel is when it is given itself,
+    FSDP2 and tensor parallel by their DTensors, and a GradScaler when ``optimizer.grad_scale`` or
+    ``found_inf`` is set, as within ``scaler.step``. ``capturable=True`` is refused, too.
 
     Args:
         model_or_params: the model, or parameters. Those that need a gradient now, and that the
@@ -65,7 +66,7 @@ def step_in_backward(
             next backward pass raises.
 
     Raises:
-        TypeError: an optimizer of another library, or what is no model or tensors.
+        TypeError: an optimizer of another library, what is no model or tensors, or DTensors.
         ValueError: the optimizer has none of the parameters, or only a part of a group's.
         RuntimeError: done before, for this optimizer or one of the parameters; or an option of the
             optimizer that needs all gradients at once.
@@ -251,6 +252,11 @@ def _chosen(params: list[Tensor], optimizer: FusedOptimizer) -> list[Tensor]:
                 "schedule_step"
             )
         for param in common:
+            if is_sharded(param):
+                raise TypeError(
+                    f"model_or_params: found a DTensor in param group {index}, whose gradient "
+                    "ranks may yet reduce; accepted: plain tensors"
+                )
             if param in _handles and _handles[param][0]() is not None:
                 raise RuntimeError(
                     f"model_or_params: a parameter of param group {index} is updated in the "

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -85,6 +85,7 @@ class Pair:
         shapes: of the parameters.
         dtype: theirs.
         meshes: of each parameter a mesh and placements; None: plain.
+        stored: values as parameters and gradients have them in memory; by default row-major.
     """
 
     def __init__(
@@ -93,9 +94,10 @@ class Pair:
         shapes: Sequence[tuple[int, ...]],
         dtype: torch.dtype,
         meshes: Sequence[tuple[DeviceMesh | None, Sequence[Placement]]],
+        stored: Callable[[Tensor], Tensor] = Tensor.contiguous,
     ) -> None:
-        self.shapes, self.dtype, self.meshes = shapes, dtype, meshes
-        values = drawn(shapes, dtype, 1)
+        self.shapes, self.dtype, self.meshes, self.stored = shapes, dtype, meshes, stored
+        values = [stored(value) for value in drawn(shapes, dtype, 1)]
         self.params = [
             nn.Parameter(spread(value, *mesh)) for value, mesh in zip(values, meshes, strict=True)
         ]
@@ -103,7 +105,8 @@ class Pair:
         self.optimizer, self.reference = make(self.params), make(self.whole)
 
     def set_grads(self, step: int, factor: float = 1.0) -> None:
-        grads = [grad * factor for grad in drawn(self.shapes, self.dtype, 100 + step)]
+        drawn_grads = drawn(self.shapes, self.dtype, 100 + step)
+        grads = [self.stored(grad * factor) for grad in drawn_grads]
         for param, whole, grad, mesh in zip(
             self.params, self.whole, grads, self.meshes, strict=True
         ):

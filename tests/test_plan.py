@@ -7,6 +7,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+import on_ranks
 import pytest
 import torch
 
@@ -68,6 +69,47 @@ def test_configurations_of_relatives(config: dict[str, Any], numel: int) -> None
     assert sum(map(math.prod, shapes_of(config))) == numel
 
 
+LIKE_LLAMA = {
+    "hidden_size": 48,
+    "intermediate_size": 80,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 96,
+}
+LIKE_GPT2 = {"n_layer": 2, "n_embd": 48, "n_head": 4, "vocab_size": 96, "n_positions": 32}
+BUILT: list[tuple[str, dict[str, Any]]] = [
+    ("Llama", {}),
+    ("Llama", {"tie_word_embeddings": True, "head_dim": 8, "num_key_value_heads": None}),
+    ("Llama", {"attention_bias": True}),
+    ("Llama", {"mlp_bias": True}),
+    ("Mistral", {}),
+    ("Mistral", {"attention_bias": True, "mlp_bias": True}),  # it has neither
+    ("Qwen2", {}),
+    ("Qwen2", {"attention_bias": False, "tie_word_embeddings": True}),  # its biases stay
+    ("Qwen3", {}),
+    ("Qwen3", {"attention_bias": True, "head_dim": 20}),
+    ("GPT2", {}),
+    ("GPT2", {"n_inner": 100}),
+    ("GPT2", {"tie_word_embeddings": False}),
+]
+
+
+@pytest.mark.parametrize(("name", "options"), BUILT)
+def test_shapes_are_those_of_transformers(name: str, options: dict[str, Any]) -> None:
+    """In the order in which the model has its parameters."""
+    transformers: Any = pytest.importorskip("transformers")
+    size = LIKE_GPT2 if name == "GPT2" else LIKE_LLAMA
+    end = {"bos_token_id": 0, "eos_token_id": 0}
+    config = getattr(transformers, f"{name}Config")(**{**size, **end, **options})
+    model = "GPT2LMHeadModel" if name == "GPT2" else f"{name}ForCausalLM"
+    with torch.device("meta"):
+        built = getattr(transformers, model)(config)
+    wanted = [tuple(param.shape) for param in built.parameters()]
+    for written in (config.to_dict(), json.loads(config.to_json_string(use_diff=True))):
+        assert shapes_of(written) == wanted
+
+
 @pytest.mark.parametrize(("rows", "ranks"), [(7, 1), (8, 4), (7, 4), (5, 4), (3, 4), (1, 64)])
 def test_a_shard_is_that_of_the_first_rank(rows: int, ranks: int) -> None:
     """Pieces as of torch.chunk, which FSDP2 cuts a parameter into."""
@@ -91,6 +133,41 @@ def test_bytes_are_those_of_the_optimizer(row: plan.Row) -> None:
         x.nbytes for x in [*arrays, *params, *(p.grad for p in params if p.grad is not None)]
     )
     assert report.total == held
+
+
+SHARED = [(64, 65), (128, 65), (65, 64), (100,)]
+
+
+def report_over_two_ranks(rank: int) -> Any:
+    from torch.distributed.tensor import Shard, distribute_tensor, init_device_mesh
+
+    mesh = init_device_mesh("cpu", (2,))
+    params = [
+        distribute_tensor(torch.zeros(shape), mesh, [Shard(0)]).requires_grad_() for shape in SHARED
+    ]
+    optimizer = FusedAdamW(params, precision="8bit")
+    for param in params:
+        param.grad = torch.zeros_like(param)
+    optimizer.step()
+    return optimizer.memory_report()
+
+
+@on_ranks.needs_gloo
+def test_states_are_coded_where_blocks_fit_the_shards() -> None:
+    """(64, 65) is not: each of two ranks would have 32 blocks and a half."""
+    row = plan.Row("8bit", "", torch.float32, {})
+    assert plan.planned(SHARED, 2, row, states=2) == on_ranks.run(report_over_two_ranks, 2)[0]
+
+
+@pytest.mark.parametrize("numel", [1, 63, 64, 7_000_000_001])
+def test_any_number_of_parameters_is_coded_over_any_number_of_ranks(
+    numel: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["--params", str(numel), "--bandwidth=1000", "--precision=8bit"]
+    assert f"{numel:,d} parameters over 1 GPU:" in run(capsys, *arguments)
+    if numel > 64:
+        # 2, 2, 2 and 1.125 bytes of each
+        assert " 0.79 " in run(capsys, *arguments, "--gpus=10")
 
 
 def test_formats_side_by_side(capsys: pytest.CaptureFixture[str]) -> None:
@@ -172,6 +249,15 @@ def test_bad_options_are_named(
         ),
         (json.dumps({**QWEN3_600M, "hidden_size": "wide"}), "hidden_size: found 'wide'"),
         (json.dumps({"model_type": "gpt2", "n_layer": 2}), "n_embd: found None"),
+        (
+            json.dumps({**LIKE_GPT2, "model_type": "gpt2", "add_cross_attention": True}),
+            "add_cross_attention: found True, accepted: False",
+        ),
+        (
+            json.dumps({**QWEN3_600M, "attention_bias": "yes"}),
+            "attention_bias: found 'yes', accepted: True or False",
+        ),
+        (json.dumps({**QWEN3_600M, "head_dim": None}), "head_dim: found None"),
     ],
 )
 def test_bad_configurations_are_named(

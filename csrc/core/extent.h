@@ -1,9 +1,9 @@
 // Where a shard's elements are in the whole tensor.
 //
-// [note: runs] Random bits follow from the number of an element in the whole tensor, in row-major
-// order. That of a shard of rows is its first element's and counted on. A shard of columns has a
-// run of every row, as many elements as it has columns: the next run begins `stride` elements after
-// it in the whole tensor. A run of coded elements is a multiple of their block.
+// [note: runs] Random bits follow from the number of an element in the whole tensor, in the order
+// of its memory. That of a shard of rows is its first element's and counted on. A shard of columns
+// has a run of every row, as many elements as it has columns: the next run begins `stride` elements
+// after it in the whole tensor. A run of coded elements is a multiple of their block.
 #pragma once
 
 #include <algorithm>

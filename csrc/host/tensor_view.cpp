@@ -75,6 +75,7 @@ bool is_dense(int ndim, const std::int64_t* shape, const std::int64_t* strides) 
 }
 
 bool is_contiguous(const dlpack::Tensor& tensor) {
+  if (count_elements(tensor.ndim, tensor.shape) == 0) return true;
   std::int64_t expected = 1;
   for (int i = tensor.ndim - 1; i >= 0; --i) {
     if (tensor.shape[i] > 1 && tensor.strides[i] != expected) return false;

@@ -20,13 +20,16 @@ from torch.distributed.tensor import (
     DeviceMesh,
     DTensor,
     Partial,
+    Placement,
     Replicate,
     Shard,
     init_device_mesh,
 )
+from torch.distributed.tensor.placement_types import _StridedShard
 
 from fused_adamw import FusedAdamW
 from fused_adamw.checkpoint import LoadPlanner
+from fused_adamw.step_in_backward import step_in_backward
 
 pytestmark = on_ranks.needs_gloo
 
@@ -198,29 +201,62 @@ def test_ranks_with_other_param_groups() -> None:
 # --- Parameters ----------------------------------------------------------------------------------
 
 
-def unusable_parameters(rank: int) -> list[str]:
+# A shape, its placements and the strides of its memory.
+SCATTERED: list[tuple[tuple[int, ...], list[Placement], tuple[int, ...]]] = [
+    ((4, 4, 4), [Shard(1), Shard(2)], (16, 4, 1)),
+    ((8, 4), [_StridedShard(0, split_factor=2), Replicate()], (4, 1)),  # nobody takes a piece
+    ((12, 4), [_StridedShard(0, split_factor=3), Shard(0)], (4, 1)),
+    ((10, 4), [_StridedShard(0, split_factor=2), Shard(0)], (4, 1)),  # unevenly
+    ((8, 4), [Shard(0), Shard(1)], (1, 8)),  # the local tensors are row-major
+]
+
+
+def unusable_parameters(rank: int) -> tuple[str, list[str]]:
     mesh = init_device_mesh("cpu", (2, 2))
     summed = DTensor.from_local(torch.ones(4, 4), mesh, [Partial(), Shard(0)], run_check=False)
-    cubes = nn.Parameter(spread(torch.ones(4, 4, 4, dtype=BF16), mesh, [Shard(1), Shard(2)]))
-    cubes.grad = torch.ones_like(cubes)
-    drawing = FusedAdamW([("w", cubes)], stochastic_rounding=True)
-    return [
-        refused(lambda: FusedAdamW([("head", nn.Parameter(summed))])),
-        refused(drawing.step),
-    ]
+    scattered = []
+    for shape, placements, stride in SCATTERED:
+        local = spread(torch.ones(shape, dtype=BF16), mesh, placements).to_local()
+        whole = {"shape": torch.Size(shape), "stride": stride}
+        param = nn.Parameter(DTensor.from_local(local, mesh, placements, run_check=False, **whole))
+        param.grad = torch.ones_like(param)
+        drawing = FusedAdamW([("w", param)], stochastic_rounding=True)
+        scattered.append(refused(drawing.step))
+    return refused(lambda: FusedAdamW([("head", nn.Parameter(summed))])), scattered
 
 
 def test_placements_that_cannot_be_stepped() -> None:
-    for summed, cubes in on_ranks.run(unusable_parameters, RANKS, seconds=SECONDS):
+    for summed, scattered in on_ranks.run(unusable_parameters, RANKS, seconds=SECONDS):
         assert re.match(
             r"ValueError: parameter 0 \('head'\): placements: found \(Partial\(sum\), "
             r"Shard\(dim=0\)\) on a mesh of shape \(2, 2\), accepted: Shard and Replicate",
             summed,
         )
-        assert re.match(
-            r"ValueError: rank 0: .*\(Shard\(dim=1\), Shard\(dim=2\)\) .* beside bf16.*stochastic "
-            r"rounding.* accepted: shards of the first dimension and of one other",
-            cubes,
+        for (shape, placements, stride), message in zip(SCATTERED, scattered, strict=True):
+            assert message.startswith("ValueError: rank "), message
+            placed = f"{tuple(placements)} on a mesh of shape (2, 2) for shape {shape}"
+            found = f": parameter 0 ('w'): placements: found {placed} and strides {stride} beside "
+            assert f"{found}bf16" in message
+            assert "stochastic rounding" in message
+            assert "accepted: one piece of the whole, cut in its outermost dimension" in message
+
+
+def in_backward(rank: int) -> str:
+    from torch.distributed.fsdp import fully_shard
+
+    net = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    fully_shard(net[1])  # the first layer is plain
+    optimizer = FusedAdamW([{"params": layer.parameters()} for layer in net])
+    message = refused(lambda: step_in_backward(net, optimizer))
+    step_in_backward(net[0], optimizer).remove()
+    return message
+
+
+def test_step_in_backward_of_sharded_parameters() -> None:
+    for message in on_ranks.run(in_backward, 2, seconds=SECONDS):
+        assert message == (
+            "TypeError: model_or_params: found a DTensor in param group 1, whose gradient ranks "
+            "may yet reduce; accepted: plain tensors"
         )
 
 

@@ -18,6 +18,7 @@ from torch.distributed.tensor import (
     Shard,
     init_device_mesh,
 )
+from torch.distributed.tensor.placement_types import _StridedShard
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fused_adamw import FusedAdamW, FusedSGD
@@ -108,6 +109,7 @@ BLOCKS = [
     ((10, 64, 3, 3), 1, False),
     ((10, 128, 3, 3), 1, True),
     ((16, 16, 4, 4), 2, False),  # within a block
+    ((64, 1, 64), 1, True),  # all on one rank
 ]
 
 
@@ -133,6 +135,95 @@ def blocks_that_fit(rank: int) -> list[str]:
 
 def test_blocks_of_codes_that_fit_and_do_not_fit_shards() -> None:
     assert on_ranks.run(blocks_that_fit, 2) == [[], []]
+
+
+def in_strides(rank: int) -> list[str]:
+    """As FSDP2 over tensor parallel cuts one dimension: a rank has one piece of the whole."""
+    grid = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
+    cube = init_device_mesh("cpu", (2, 1, 2))
+    rows, columns = _StridedShard(0, split_factor=2), _StridedShard(1, split_factor=2)
+    found = []
+    cases: list[tuple[tuple[int, ...], DeviceMesh, list[Placement]]] = [
+        ((64, 128), grid, [rows, Shard(0)]),
+        ((64, 256), grid, [columns, Shard(1)]),
+        ((16, 8, 64), grid, [columns, Shard(1)]),
+        ((8, 544), grid, [rows, Shard(0)]),  # 17 blocks each
+        ((8, 5), cube, [rows, rows, Shard(0)]),
+    ]
+    for name in (*DRAWING, "8bit of float32"):
+        options, dtype = {**FORMATS, **DRAWING}[name]
+        for shape, mesh, placements in cases:
+            pair = Pair(
+                lambda params, o=options: FusedAdamW(params, **LOUD, **o),
+                [shape],
+                dtype,
+                [(mesh, placements)],
+            )
+            pair.step(0)
+            pair.step(1)
+            found += [f"{name} {shape}: {what}" for what in pair.differences()]
+    return found
+
+
+def test_strided_shards_of_one_piece() -> None:
+    assert on_ranks.run(in_strides, 4) == [[]] * 4
+
+
+def in_several_pieces(rank: int) -> list[str]:
+    """Rows that are not adjacent in the whole: coded where blocks are within rows."""
+    mesh = init_device_mesh("cpu", (2,))
+    found = []
+    for shape, fits in [((64, 64), True), ((8, 528), False)]:
+        pair = Pair(
+            partial(FusedAdamW, **LOUD, precision="8bit"),
+            [shape],
+            F32,
+            [(mesh, [_StridedShard(0, split_factor=2)])],
+        )
+        if not fits:
+            pair.reference = FusedAdamW(pair.whole, **LOUD, precision="fp32")
+        pair.step(0)
+        pair.step(1)
+        found += [f"{shape}: {what}" for what in pair.differences()]
+    return found
+
+
+def test_blocks_of_codes_in_strided_shards_of_several_pieces() -> None:
+    assert on_ranks.run(in_several_pieces, 2) == [[], []]
+
+
+def column_major(rank: int) -> list[str]:
+    """Random bits follow the order of memory, in shards as in the whole."""
+    mesh = init_device_mesh("cpu", (2,))
+    orders = {(64, 128): (1, 0), (7, 6): (1, 0), (4, 6, 8): (1, 2, 0), (1, 6, 4): (2, 0, 1)}
+    found = []
+    for shape, order in orders.items():
+        for dim in range(len(shape)):
+            for name in ("fp32", *DRAWING):
+                options, dtype = {**FORMATS, **DRAWING}[name]
+                pair = Pair(
+                    lambda params, o=options: FusedAdamW(params, **LOUD, **o),
+                    [shape],
+                    dtype,
+                    [(mesh, [Shard(dim)])],
+                    lambda x, order=order: stored_in(x, order),
+                )
+                if name == "8bit":  # its codes are row-major where there are shards
+                    pair.reference = FusedAdamW(pair.whole, **LOUD, precision="split")
+                pair.step(0)
+                pair.step(1)
+                found += [f"{shape} by {dim} {name}: {what}" for what in pair.differences()]
+    return found
+
+
+def stored_in(x: Tensor, order: tuple[int, ...]) -> Tensor:
+    """The same values in memory whose dimensions are nested in this order, outermost first."""
+    inverse = sorted(range(x.dim()), key=order.__getitem__)
+    return x.permute(order).contiguous().permute(inverse)
+
+
+def test_shards_of_column_major_memory() -> None:
+    assert on_ranks.run(column_major, 2) == [[], []]
 
 
 def columns_on_other_engines(rank: int, engines: list[str]) -> list[str]:
@@ -240,6 +331,29 @@ def test_missing_gradients_strides_averages_and_zeroed_gradients() -> None:
     assert on_ranks.run(some_gradients_missing, 2) == [[], []]
 
 
+def overflow(rank: int) -> list[str]:
+    """That the scaler found, where nothing asks for the gradients: they are zeroed all the same."""
+    mesh = init_device_mesh("cpu", (torch.distributed.get_world_size(),))
+    meshes: list[Any] = [(mesh, [Shard(0)]), (None, [])]
+    pair = Pair(partial(FusedAdamW, **LOUD, zero_grads=True), [(8, 4), (4,)], F32, meshes)
+    pair.set_grads(0)
+    grads = [param.grad for param in pair.params]
+    local = grads[0].to_local()
+    versions = local._version, grads[1]._version
+    pair.optimizer.found_inf = pair.reference.found_inf = torch.ones(())
+    pair.optimizer.step()
+    pair.reference.step()
+    found = [f"gradient {i}" for i, x in enumerate([local, grads[1]]) if x.count_nonzero()]
+    if (local._version, grads[1]._version) <= versions:
+        found.append("autograd does not know")
+    return found + pair.differences()
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_overflow_with_zeroed_gradients(ranks: int) -> None:
+    assert on_ranks.run(overflow, ranks) == [[]] * ranks
+
+
 def deferred(rank: int) -> list[str]:
     """Gradients as collectives hand them out, still on their way."""
     from torch.distributed._functional_collectives import all_reduce
@@ -266,17 +380,17 @@ def test_gradients_on_their_way() -> None:
 class Net(nn.Module):
     """With a bias that has fewer rows than there are ranks."""
 
-    def __init__(self, dtype: torch.dtype) -> None:
+    def __init__(self, dtype: torch.dtype, width: int = 70) -> None:
         super().__init__()
         torch.manual_seed(0)
-        self.first = nn.Linear(16, 70, dtype=dtype)
-        self.second = nn.Linear(70, 3, dtype=dtype)
+        self.first = nn.Linear(16, width, dtype=dtype)
+        self.second = nn.Linear(width, 3, dtype=dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.second(torch.tanh(self.first(x)))
 
 
-def fully_sharded(rank: int, names: list[str], is_grid: bool) -> list[str]:
+def fully_sharded(rank: int, names: list[str], is_grid: bool, width: int = 70) -> list[str]:
     """Against an optimizer of the gathered parameters that gets the gathered gradients."""
     from torch.distributed.fsdp import fully_shard
     from torch.distributed.tensor.parallel import (
@@ -288,7 +402,7 @@ def fully_sharded(rank: int, names: list[str], is_grid: bool) -> list[str]:
     found = []
     for name in names:
         options, dtype = {**FORMATS, **DRAWING}[name]
-        net, whole = Net(dtype), Net(dtype)
+        net, whole = Net(dtype, width), Net(dtype, width)
         if is_grid:
             mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
             plan = {"first": ColwiseParallel(), "second": RowwiseParallel()}
@@ -309,6 +423,8 @@ def fully_sharded(rank: int, names: list[str], is_grid: bool) -> list[str]:
             reference.step()
             optimizer.zero_grad()
         for (label, param), other in zip(net.named_parameters(), whole.parameters(), strict=True):
+            if optimizer.state[param].keys() != reference.state[other].keys():
+                found.append(f"{name}: states of {label}")
             if not torch.equal(param.full_tensor(), other):
                 found.append(f"{name}: {label}")
         if optimizer.grad_norm != reference.grad_norm:
@@ -324,6 +440,12 @@ def test_fully_shard(ranks: int) -> None:
 
 def test_fully_shard_and_tensor_parallel() -> None:
     assert on_ranks.run(fully_sharded, 4, ["fp32", "split"], True) == [[]] * 4
+
+
+def test_fully_shard_and_tensor_parallel_where_random_bits_are_drawn() -> None:
+    """Both cut the rows of the first layer, whose states "8bit" codes."""
+    found = on_ranks.run(fully_sharded, 4, ["stochastic", "8bit"], True, 256)
+    assert found == [[]] * 4
 
 
 def evaluated_with_averages(rank: int) -> list[bool]:

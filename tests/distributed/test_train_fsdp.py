@@ -21,7 +21,7 @@ pytest.importorskip("rich")
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "examples" / "train_fsdp.py"
 SMALL = ["--layers=2", "--width=32", "--heads=2", "--context=32", "--batch-size=4"]
-SECONDS = 60
+SECONDS = 120
 ON_THE_CPU = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
 
 pytestmark = [on_ranks.needs_gloo, pytest.mark.xdist_group("torchrun")]
@@ -84,8 +84,7 @@ def test_a_rank_that_is_killed_leaves_no_trace(tmp_path: Path) -> None:
     run = folders[1] / "run"
     unfinished = run / "step-59.writing"  # as if rank 0 had died while it was written
     deadline = time.monotonic() + SECONDS
-    kept = ["--checkpoints=run", "--resume"]
-    with started(folders[1], *options, *kept, restarts=1) as hurt:
+    with started(folders[1], *options, "--checkpoints=run", restarts=1) as hurt:
         while not (run / "step-20").exists():
             assert hurt.poll() is None, hurt.communicate()[0]
             assert time.monotonic() < deadline
@@ -103,6 +102,15 @@ def test_a_rank_that_is_killed_leaves_no_trace(tmp_path: Path) -> None:
     assert found["validation_loss"] == whole["validation_loss"]
 
 
+def test_checkpoints_of_another_run_are_refused_after_a_restart_too(tmp_path: Path) -> None:
+    (tmp_path / "run" / "step-20").mkdir(parents=True)
+    with started(tmp_path, "--checkpoints=run", ranks=1, restarts=1) as process:
+        output, _ = process.communicate(timeout=SECONDS)
+    assert "without any, or be given with --resume; found run/step-20" in output
+    assert "exitcode  : 2 " in output, output  # of the last attempt
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["step-20"]
+
+
 def test_goes_on_with_other_ranks_and_another_precision(tmp_path: Path) -> None:
     options = ["--checkpoints=run", "--resume", "--schedule=warm-restarts"]
     with started(tmp_path, "--steps=20", "--precision=master", *options) as process:
@@ -112,6 +120,11 @@ def test_goes_on_with_other_ranks_and_another_precision(tmp_path: Path) -> None:
         then, output = finished(process, tmp_path)
     assert then["resumed_from"] == 20, output
     assert then["validation_loss"] < first["validation_loss"]
+    still = ["--steps=41", "--precision=split", "--lr=0"]  # counts, not that of the checkpoint
+    with started(tmp_path, *still, *options, ranks=1) as process:
+        last, _ = finished(process, tmp_path)
+    assert last["resumed_from"] == 40
+    assert last["sha256"] == then["sha256"]
 
 
 @pytest.mark.parametrize(
@@ -121,12 +134,22 @@ def test_goes_on_with_other_ranks_and_another_precision(tmp_path: Path) -> None:
         (["--resume"], "--resume needs --checkpoints"),
         (["--heads=3"], "heads must divide width"),
         (["--precision=int4"], "int4"),
+        (["--checkpoints=run"], "without any, or be given with --resume; found run/step-20"),
+        (
+            ["--checkpoints=run", "--resume", "--steps=10"],
+            "--steps must reach those of run/step-20, found 10",
+        ),
     ],
 )
-def test_bad_options(options: list[str], words: str) -> None:
+def test_bad_options(options: list[str], words: str, tmp_path: Path) -> None:
+    for name in ("step-3", "step-20", "step-30.writing"):
+        (tmp_path / "run" / name).mkdir(parents=True)
+    alone = {"LOCAL_RANK": "0", "RANK": "0", "WORLD_SIZE": "1"}
+    store = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
     process = subprocess.run(
         [sys.executable, str(SCRIPT), *SMALL, *options],
-        env={**ON_THE_CPU, "PYTHONPATH": str(ROOT), "LOCAL_RANK": "0"},
+        cwd=tmp_path,
+        env={**ON_THE_CPU, "PYTHONPATH": str(ROOT), **alone, **store},
         capture_output=True,
         text=True,
         timeout=SECONDS,
