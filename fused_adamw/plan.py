@@ -11,6 +11,7 @@ import math
 import statistics
 import time
 from collections.abc import Iterator, Sequence
+from decimal import Decimal, InvalidOperation
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,6 +25,8 @@ from fused_adamw.shards import block_split
 
 GB = 10**9
 _MEASURED_BYTES = 2**28
+MOST_BANDWIDTH = 1_000_000
+"""In GB/s: more is another unit."""
 _ROUNDS = 7
 
 
@@ -127,9 +130,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     option(
         "--bandwidth",
-        type=float,
-        metavar="GB/S",
-        help="of a GPU's memory, in 10^9 bytes a second; by default measured on this machine",
+        metavar="N",
+        help="of a GPU's memory, in GB/s (10^9 bytes a second): 4000; by default that of a copy in "
+        "this machine's memory is measured",
     )
     parser.set_defaults(parser=parser)
 
@@ -139,19 +142,20 @@ def main(parsed: argparse.Namespace) -> int:
     try:
         ranks = checks.count("--gpus", parsed.gpus)
         states = checks.count("--states", parsed.states, at_least=0)
-        bandwidth = parsed.bandwidth
-        if bandwidth is not None and not 0 < bandwidth < math.inf:
-            raise ValueError(f"--bandwidth: found {bandwidth}, accepted: a number > 0")
+        bandwidth = None if parsed.bandwidth is None else _bandwidth(parsed.bandwidth)
         shapes = _shapes(parsed)
-    except (OSError, ValueError) as error:
+    except ValueError as error:
         parsed.parser.error(str(error))
-    source = "given" if bandwidth else "a copy on this machine"
-    rate = bandwidth * GB if bandwidth else measured_bandwidth()
+    rate, source = bandwidth, "given"
+    if rate is None:
+        rate = measured_bandwidth()
+        kind = "GPU" if torch.cuda.is_available() else "CPU"
+        source = f"a copy in the memory of this machine's {kind}; --bandwidth is that of others"
     rows = [row for row in ROWS if parsed.precision in (None, row.precision)]
     numel = sum(map(math.prod, shapes))
     print(
-        f"{numel:,d} parameters over {ranks} GPU{'s' * (ranks != 1)}: GB (10^9 bytes) on the GPU "
-        "that holds most"
+        f"{numel:,d} parameter{'s' * (numel != 1)} over {ranks} GPU{'s' * (ranks != 1)}: GB (10^9 "
+        "bytes) on the GPU that holds most"
     )
     print(table([(row, planned(shapes, ranks, row, states)) for row in rows], rate))
     print(
@@ -169,22 +173,27 @@ def table(rows: Sequence[tuple[Row, MemoryReport]], bandwidth: float) -> str:
         bandwidth: bytes a second.
     """
     columns = ("parameters", "gradients", "states", "extra", "total", "moved", "step")
-    lines = [f"{'':24s}" + "".join(f"{column:>12s}" for column in columns)]
+    lines = [f"{'':24s}" + "".join(f"{column:>12s}" for column in columns[:-1]) + f"{'step':>16s}"]
     for row, report in rows:
         held = dict(report.held)
         main_kinds = [held.pop(kind) for kind in columns[:3]]
         counts = [*main_kinds, sum(held.values()), report.total, report.moved]
         name = ", ".join(filter(None, (row.precision, row.note)))
-        cells = "".join(f"{count / GB:12,.2f}" for count in counts)
-        lines.append(f"{name:24s}{cells}{report.moved / bandwidth * 1e3:9,.2f} ms")
+        cells = "".join(f"  {_digits(count / GB):>10s}" for count in counts)
+        lines.append(f"{name:24s}{cells}  {_digits(report.moved / bandwidth * 1e3):>11s} ms")
     return "\n".join(lines)
+
+
+def _digits(value: float) -> str:
+    """Two places, or of what would have none left two digits."""
+    return f"{value:,.2f}" if value >= 0.1 or value == 0 else f"{value:.2g}"
 
 
 def _shapes(parsed: argparse.Namespace) -> list[Shape]:
     """Of the model that the command line names.
 
     Raises:
-        OSError, ValueError: naming the option.
+        ValueError: naming the option.
     """
     if parsed.model is not None:
         return shapes_of(MODELS[parsed.model])
@@ -196,6 +205,8 @@ def _shapes(parsed: argparse.Namespace) -> list[Shape]:
         if not isinstance(config, dict):
             raise ValueError(f"found {type(config).__name__}, accepted: an object of JSON")
         return shapes_of(config)
+    except OSError as error:
+        raise ValueError(f"--config: {error}") from None
     except ValueError as error:
         raise ValueError(f"--config: {parsed.config}: {error}") from None
 
@@ -205,9 +216,22 @@ def _number(text: str) -> int:
     units = {"K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
     unit = units.get(text[-1:].upper(), 1)
     try:
-        number = float(text[:-1] if unit > 1 else text) * unit
+        number = Decimal(text[:-1] if unit > 1 else text) * unit
+    except InvalidOperation:
+        number = Decimal("NaN")
+    if not number.is_finite() or number < 1 or number % 1:
+        raise ValueError(f"--params: found {text!r}, accepted: an integer >= 1, as 7e9 or 7.5B")
+    return int(number)
+
+
+def _bandwidth(text: str) -> float:
+    """Bytes a second, of a number of GB a second that some memory may have."""
+    try:
+        number = float(text)
     except ValueError:
         number = math.nan
-    if not 1 <= number < math.inf:
-        raise ValueError(f"--params: found {text!r}, accepted: a number >= 1, as 7e9 or 7B")
-    return round(number)
+    if not 0 < number < MOST_BANDWIDTH:
+        raise ValueError(
+            f"--bandwidth: found {text!r}, accepted: GB/s as a number > 0 and < {MOST_BANDWIDTH:,}"
+        )
+    return number * GB

@@ -164,7 +164,7 @@ def test_any_number_of_parameters_is_coded_over_any_number_of_ranks(
     numel: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
     arguments = ["--params", str(numel), "--bandwidth=1000", "--precision=8bit"]
-    assert f"{numel:,d} parameters over 1 GPU:" in run(capsys, *arguments)
+    assert f"{numel:,d} parameter{'s' * (numel > 1)} over 1 GPU:" in run(capsys, *arguments)
     if numel > 64:
         # 2, 2, 2 and 1.125 bytes of each
         assert " 0.79 " in run(capsys, *arguments, "--gpus=10")
@@ -201,6 +201,20 @@ def test_one_precision_of_any_number_of_parameters(capsys: pytest.CaptureFixture
     assert " 84.00 " in fewer
 
 
+def test_columns_stay_apart_and_small_numbers_are_not_zero(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    large = run(capsys, "--params", "1.5T", "--precision", "fp32", "--bandwidth", "1")
+    (row,) = (line for line in large.splitlines() if line.startswith("fp32"))
+    assert row.split()[1:] == [
+        *("6,000.00", "6,000.00", "12,000.00", "0.00", "24,000.00", "42,000.00"),
+        *("42,000,000.00", "ms"),
+    ]
+    small = run(capsys, "--params", "1", "--precision", "fp32", "--bandwidth", "1")
+    assert "1 parameter over" in small
+    assert "4e-09" in small
+
+
 def test_a_configuration_from_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "config.json"
     path.write_text(json.dumps(QWEN3_600M))
@@ -213,7 +227,7 @@ def test_the_bandwidth_is_measured(
 ) -> None:
     monkeypatch.setattr(plan, "_MEASURED_BYTES", 2**20)
     assert 1e7 < plan.measured_bandwidth() < 1e14
-    assert "GB/s (a copy on this machine)" in run(capsys, "--params", "1M")
+    assert "GB/s (a copy in the memory of this machine's " in run(capsys, "--params", "1M")
 
 
 @pytest.mark.parametrize(
@@ -223,13 +237,16 @@ def test_the_bandwidth_is_measured(
         (["--params", "many"], "--params: found 'many'"),
         (["--params", "0"], "--params: found '0'"),
         (["--params", "nan"], "--params: found 'nan'"),
+        (["--params", "7.5"], "--params: found '7.5', accepted: an integer"),
         (["--params", "7B", "--gpus", "0"], "--gpus: found 0"),
         (["--params", "7B", "--states", "-1"], "--states: found -1"),
-        (["--params", "7B", "--bandwidth", "0"], "--bandwidth: found 0.0"),
-        (["--params", "7B", "--bandwidth", "nan"], "--bandwidth: found nan"),
+        (["--params", "7B", "--bandwidth", "0"], "--bandwidth: found '0'"),
+        (["--params", "7B", "--bandwidth", "nan"], "--bandwidth: found 'nan'"),
+        (["--params", "7B", "--bandwidth", "4TB/s"], "--bandwidth: found '4TB/s', accepted: GB/s"),
+        (["--params", "7B", "--bandwidth", "4e12"], "--bandwidth: found '4e12', accepted: GB/s"),
         (["--params", "7B", "--precision", "int4"], "int4"),
         (["--model", "gpt-7"], "gpt-7"),
-        (["--config", "missing.json"], "missing.json"),
+        (["--config", "missing.json"], "--config: [Errno 2]"),
     ],
 )
 def test_bad_options_are_named(
