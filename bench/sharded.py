@@ -1,7 +1,7 @@
 """Host time of a step over DTensors, beside plain tensors and beside torch's fused AdamW.
 
 A process group of one rank is enough for that: the parameters are DTensors, and what a step does
-with them on the host is the same. On a CPU the host computes too: little over shards of 16 elements::
+with them on the host is the same. On a CPU the host computes too: little over so small shards::
 
     python -m bench.sharded --tensors 1000 --numel 16 --json FILE
 """
