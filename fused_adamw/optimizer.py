@@ -553,6 +553,7 @@ class FusedOptimizer(Optimizer):
         """What must be the same on all ranks."""
         names = [name for name in _KEPT if name not in _OF_A_RANK]
         options = [(type(self).__name__,), *((name, _said(getattr(self, name))) for name in names)]
+        compares = self._ranks is not None and self._ranks.have_all
         lines: list[tuple[str, ...]] = [(f"{len(self.param_groups)} param groups",)]
         for index, group in enumerate(self.param_groups):
             values = [f"{key} {_said(group[key])}" for key in sorted(group.keys() - _NOT_SAID)]
@@ -560,7 +561,7 @@ class FusedOptimizer(Optimizer):
         for index, i, number in self._places():
             group = self.param_groups[index]
             param = group["params"][i]
-            without = is_sharded(param) and param.grad is None
+            without = compares and is_sharded(param) and param.grad is None
             lines.append(
                 (
                     f"{_label(number, group, i)} of param group {index}",
@@ -1640,7 +1641,8 @@ def _said(value: Any) -> str:
         return repr(value.tolist()) if value.device.type == "cpu" else f"a {value.dtype} tensor"
     if isinstance(value, Schedule):
         return repr(value.describe())
-    return "a function" if callable(value) else repr(value)
+    text = "a function" if callable(value) else repr(value)
+    return f"a {type(value).__name__}" if " at 0x" in text else text  # which is another's elsewhere
 
 
 def _widened(param: Tensor) -> Tensor:

@@ -67,6 +67,7 @@ class Ranks:
 
     Attributes:
         classes: of each parameter the number of its class.
+        have_all: whether all have a part of every DTensor, and so a gradient or not.
 
     Raises:
         ValueError: a group of ranks that share parameters already.
@@ -95,6 +96,7 @@ class Ranks:
                 )
         self._apart = "" if mesh is not None or self._extra else _names(meshes)
         self.classes = [_class_of(param, self._ranks) for param in params]
+        self.have_all = all(_is_slice(x) or len(_ranks_of(x)) == len(self._ranks) for x in meshes)
         self._has_met, self._was_due = not self._route, False
         if former is not None:
             self._has_met |= former.share_parameters and former._has_met
@@ -363,8 +365,13 @@ def _class_of(param: Any, everyone: Sequence[int]) -> int:
         if placement.is_replicate() and place:
             return 1
     ranks = _ranks_of(mesh)
-    is_slice = mesh._get_root_mesh() != mesh and len(ranks) < len(everyone)
-    return int(is_slice and everyone[0] not in ranks)  # of several slices alike the first
+    if len(ranks) == len(everyone) or not _is_slice(mesh):
+        return 0
+    return int(everyone[0] not in ranks)  # of several slices alike the first
+
+
+def _is_slice(mesh: Any) -> bool:
+    return bool(mesh._get_root_mesh() != mesh)
 
 
 def _names(meshes: Sequence[Any]) -> str:

@@ -240,13 +240,13 @@ class RegisteredList:
             squares, overflow = [0.0] * sums, options.overflow
             if options.measures_norm:
                 squares = measurements.squares(self.native, engines, buckets, sums, rows)
-            if self.ranks is not None:
-                total, overflow = self.ranks.meet(
+            if (ranks := self.ranks) is not None:
+                total, overflow = ranks.meet(
                     squares,
                     overflow,
                     lambda: (
                         *(options.max_grad_norm, options.skip_nonfinite),
-                        self.native.sharded_gradients,
+                        self.native.sharded_gradients if ranks.have_all else None,
                         [current.values for current in hyperparameters],
                     ),
                 )
