@@ -146,7 +146,8 @@ FUSED_ADAMW_HD void update_packs(const Work<Functor, Storage, kWhole>& work,
   constexpr int kPack = Storage::kPerThread;
   const std::int64_t begin = work.begin, end = work.end;
   bool by_packs = work.arrays.aligned();
-  if constexpr (Storage::kHasBeside) by_packs &= work.arguments.extent[work.tensor].keeps_together(kPack);
+  if constexpr (Storage::kHasBeside)
+    by_packs &= work.arguments.extent[work.tensor].keeps_together(kPack);
   const std::int64_t rest = by_packs ? begin + (end - begin) / kPack * kPack : begin;
   const auto draws = draws_of(work, row.pass.random_step);
   update_range<kPack>(work, row, draws, begin, rest, thread, observed);
