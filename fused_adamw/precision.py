@@ -728,6 +728,8 @@ def _checked(
     ):
         accepted = f"float32 of shape ({blocks},), one for {BLOCK} of '{key}'"
         raise _refuse(scale_key(name), scale, accepted)
+    if (scale < 0).any():
+        raise ValueError(f"'{scale_key(name)}': found {float(scale.min())}, accepted: numbers >= 0")
     return value, scale
 
 

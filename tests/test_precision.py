@@ -750,6 +750,7 @@ REFUSED: list[tuple[str, str, Any, str]] = [
     ("8bit", "exp_avg_scale", None, "found nothing, accepted: float32 of shape (4,), one for 64"),
     ("8bit", "exp_avg_scale", torch.ones(3), "found float32 of shape (3,), accepted: float32 of"),
     ("8bit", "exp_avg_scale", torch.ones(4, 1), "found float32 of shape (4, 1)"),
+    ("8bit", "exp_avg_scale", torch.tensor([1.0, 0, -2, 1]), "found -2.0, accepted: numbers >= 0"),
     ("8bit", "exp_avg_scale", torch.ones(4).double(), "found float64"),
     ("8bit", "exp_avg_scale", torch.ones(4, **META), "found float32"),
     ("8bit", "exp_avg_scale", 1.0, "found a float, accepted"),
