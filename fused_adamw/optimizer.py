@@ -6,6 +6,7 @@ import contextlib
 import functools
 import itertools
 import math
+import numbers
 import operator
 import sys
 import warnings
@@ -554,24 +555,20 @@ class FusedOptimizer(Optimizer):
         names = [name for name in _KEPT if name not in _OF_A_RANK]
         options = [(type(self).__name__,), *((name, _said(getattr(self, name))) for name in names)]
         compares = self._ranks is not None and self._ranks.have_all
-        lines: list[tuple[str, ...]] = [(f"{len(self.param_groups)} param groups",)]
+        params: list[tuple[str, ...]] = [(f"{len(self.param_groups)} param groups",)]
+        lines: list[tuple[str, ...]] = []
         for index, group in enumerate(self.param_groups):
             values = [f"{key} {_said(group[key])}" for key in sorted(group.keys() - _NOT_SAID)]
             lines.append((f"param group {index}:", *values))
         for index, i, number in self._places():
             group = self.param_groups[index]
             param = group["params"][i]
-            without = compares and is_sharded(param) and param.grad is None
-            lines.append(
-                (
-                    f"{_label(number, group, i)} of param group {index}",
-                    f"with shape {tuple(param.shape)}",
-                    str(param.dtype),
-                    f"placements {placements_name(param)}",
-                    f"{'without a' if without else 'with its'} gradient",
-                )
-            )
-        return Said(options, lines)
+            name = f"{_label(number, group, i)} of param group {index}"
+            shape = f"with shape {tuple(param.shape)}"
+            params.append((name, shape, str(param.dtype), f"placements {placements_name(param)}"))
+            if compares and is_sharded(param):
+                lines.append((name, f"with{'out' * (param.grad is None)} a gradient"))
+        return Said(options, params, lines)
 
     def _step_on_host(self, ranks: Ranks | None, registered: RegisteredList | None) -> None:
         idle = () if self._in_backward is None else self._in_backward.idle_groups()
@@ -1641,6 +1638,8 @@ def _said(value: Any) -> str:
         return repr(value.tolist()) if value.device.type == "cpu" else f"a {value.dtype} tensor"
     if isinstance(value, Schedule):
         return repr(value.describe())
+    if isinstance(value, numbers.Real) and not isinstance(value, bool):
+        value = float(value)  # of whatever type
     text = "a function" if callable(value) else repr(value)
     return f"a {type(value).__name__}" if " at 0x" in text else text  # which is another's elsewhere
 

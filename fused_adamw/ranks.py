@@ -45,13 +45,16 @@ class Said(NamedTuple):
 
     Attributes:
         options: of the optimizer.
-        params: its param groups and parameters, which the ranks of one route share.
+        params: its parameters, which the ranks of one route share.
+        values: of its param groups, and which parameters have no gradient; likewise. They are
+            compared at a first step, and what of them changes the step whenever ranks meet.
         route: the ranks of this one's route.
         error: type and message of what went wrong.
     """
 
     options: list[_Line]
     params: list[_Line]
+    values: list[_Line]
     route: tuple[int, ...] = ()
     error: tuple[str, str] | None = None
 
@@ -103,13 +106,13 @@ class Ranks:
             self._was_due = former._was_due
         self._due = self._compares = self._sums = self._told = False
         self._device = torch.device("cpu")
-        self._say: Callable[[], Said] = lambda: Said([], [])
-        self._digest = b""  # of what is said, which no step changes
+        self._say: Callable[[], Said] = lambda: Said([], [], [])
+        self._digest = b""  # of options and parameters, which no step changes
 
     @property
     def share_parameters(self) -> bool:
         """Whether any parameter is spread over ranks."""
-        return bool(self._route)
+        return bool(self._route or self._apart)
 
     @property
     def are_met(self) -> bool:
@@ -188,7 +191,7 @@ class Ranks:
         flags[3] = float(not self._due)
         groups = [*self._route, *self._extra]
         found = self._sum(flags, groups)
-        self._was_due = self._due
+        self._was_due = True  # the host does not know whether others will come again
         some_absent = (found[3] > 0) & (found[3] < _count(groups))
         total = torch.where((found[2] > 0) & found[0].isfinite(), math.nan, found[0])
         return total, ((found[1] > 0) | some_absent).to(torch.float32)
@@ -201,7 +204,7 @@ class Ranks:
             absent = torch.zeros(_FLAGS, dtype=torch.float64, device=self._device)
             absent[-1] = 1
             self._sum(absent, [*self._route, *self._extra])
-            self._was_due = self._due
+            self._was_due = True
         if self._told or type(error) not in _ERRORS or not (self._route or self._extra):
             raise error
         raise type(error)(_blamed(error)) from error
@@ -233,7 +236,8 @@ class Ranks:
         if not self._digest:
             said = self._say()
             self._digest = hashlib.sha256(repr((said.options, said.params)).encode()).digest()
-        digest = hashlib.sha256(self._digest + repr(common()).encode()).digest()
+        values = () if self._has_met else self._say().values
+        digest = hashlib.sha256(self._digest + repr((values, common())).encode()).digest()
         words = (digest[2 * i : 2 * i + 2] for i in range(_WORDS))
         return tuple(float(int.from_bytes(word, "little")) for word in words)
 
@@ -250,7 +254,7 @@ class Ranks:
 
     def _raise_common(self, error: Exception | None) -> NoReturn:
         """Tells all ranks what each says, and raises the same on all."""
-        self._told = True
+        self._told, self._digest = True, b""
         said = self._say()._replace(route=self._ranks)
         me = torch.distributed.get_rank()
         if error is not None:
@@ -271,6 +275,7 @@ class Ranks:
             first = next(r for r in ranks if known[r].route == known[rank].route)
             _compare(ranks[0], known[ranks[0]].options, rank, known[rank].options)
             _compare(first, known[first].params, rank, known[rank].params)
+            _compare(first, known[first].values, rank, known[rank].values)
         raise RuntimeError(
             f"ranks {ranks}: found options, param groups or parameters that differ, or a rank that "
             "registered them anew by itself; accepted: the same on every rank"
@@ -324,8 +329,7 @@ def _groups(mesh: Any) -> list[ProcessGroup]:
 def _mesh_of_all(meshes: Sequence[Any]) -> Any:
     """A mesh that has the ranks of all, one of the fewest dimensions; None where there is none.
 
-    It is the same on every rank, whatever the order of the parameters there: of meshes that were
-    made twice the older.
+    It is the same on every rank that has the same parameters: of meshes alike the first one's.
     """
     if not meshes:
         return None
@@ -342,8 +346,7 @@ def _mesh_of_all(meshes: Sequence[Any]) -> Any:
 
 
 def _order(mesh: Any) -> tuple[Any, ...]:
-    ages = [(len(group.group_name), group.group_name) for group in _groups(mesh)]
-    return mesh.ndim, tuple(mesh.shape), _ranks_of(mesh), ages
+    return mesh.ndim, tuple(mesh.shape), _ranks_of(mesh), mesh.mesh_dim_names or ()
 
 
 def _class_of(param: Any, everyone: Sequence[int]) -> int:

@@ -245,7 +245,8 @@ class RegisteredList:
                     squares,
                     overflow,
                     lambda: (
-                        *(options.max_grad_norm, options.skip_nonfinite),
+                        None if options.max_grad_norm is None else float(options.max_grad_norm),
+                        options.skip_nonfinite,
                         self.native.sharded_gradients if ranks.have_all else None,
                         [current.values for current in hyperparameters],
                     ),

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import on_ranks
 import pytest
 import torch
@@ -198,43 +199,55 @@ def test_a_process_group_of_ranks_that_share_parameters() -> None:
         assert f"norm_process_groups: found a group with the ranks {ranks}" in message
 
 
-def break_options(optimizer: FusedAdamW) -> None:
+Undo = Callable[[], object]
+
+
+def break_options(optimizer: FusedAdamW) -> Undo:
     optimizer.max_grad_norm = -1.0
+    return lambda: setattr(optimizer, "max_grad_norm", 1.0)
 
 
-def break_memory(optimizer: FusedAdamW) -> None:
+def break_memory(optimizer: FusedAdamW) -> Undo:
     def out_of_memory(*_: Any, **__: Any) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     optimizer._give_up_registered()
     optimizer._step_anew = out_of_memory  # type: ignore[assignment, method-assign]
+    return lambda: delattr(optimizer, "_step_anew")
 
 
-def break_group(optimizer: FusedAdamW) -> None:
+def break_group(optimizer: FusedAdamW) -> Undo:
     del optimizer.param_groups[0]["lr"]
+    return lambda: optimizer.param_groups[0].update(lr=0.1)
 
 
-def add_group(optimizer: FusedAdamW) -> None:
+def add_group(optimizer: FusedAdamW) -> Undo:
     optimizer.add_param_group({"params": [param(None, [])]})
+    return lambda: optimizer.param_groups.pop()
 
 
-def change_lr(optimizer: FusedAdamW) -> None:
+def change_lr(optimizer: FusedAdamW) -> Undo:
     optimizer.param_groups[0]["lr"] = 0.2
+    return lambda: optimizer.param_groups[0].update(lr=0.1)
 
 
-def change_limit(optimizer: FusedAdamW) -> None:
+def change_limit(optimizer: FusedAdamW) -> Undo:
     optimizer.max_grad_norm = 2.0
+    return lambda: setattr(optimizer, "max_grad_norm", 1.0)
 
 
-def stop_clipping(optimizer: FusedAdamW) -> None:
+def stop_clipping(optimizer: FusedAdamW) -> Undo:
     optimizer.max_grad_norm = None
+    return lambda: setattr(optimizer, "max_grad_norm", 1.0)
 
 
-def lose_gradient(optimizer: FusedAdamW) -> None:
-    optimizer.param_groups[0]["params"][1].grad = None
+def lose_gradient(optimizer: FusedAdamW) -> Undo:
+    param = optimizer.param_groups[0]["params"][1]
+    grad, param.grad = param.grad, None
+    return lambda: setattr(param, "grad", grad)
 
 
-CHANGES: dict[Callable[[FusedAdamW], None], str] = {
+CHANGES: dict[Callable[[FusedAdamW], Undo], str] = {
     break_options: "ValueError: rank 1: max_grad_norm: found -1.0",
     break_memory: "RuntimeError: rank 1: CUDA out of memory",
     break_group: "RuntimeError: rank 1: KeyError: 'lr'",
@@ -246,8 +259,8 @@ CHANGES: dict[Callable[[FusedAdamW], None], str] = {
 }
 
 
-def changed_on_one_rank(rank: int, steps: int) -> list[tuple[str, str, bool]]:
-    """Of every change what is said, and in the step after it what, and whether anything moved."""
+def changed_on_one_rank(rank: int, steps: int) -> list[tuple[list[str], bool, bool]]:
+    """Of every change what is said, twice, and once it is undone; what moved before and then."""
     mesh = init_device_mesh("cpu", (2,))
     found = []
     for change in CHANGES:
@@ -256,22 +269,90 @@ def changed_on_one_rank(rank: int, steps: int) -> list[tuple[str, str, bool]]:
         for _ in range(steps):
             optimizer.step()
         before = [local(x.detach()).clone() for x in params]
-        if rank == 1:
-            change(optimizer)
-        message, again = said(optimizer.step), said(optimizer.step)
-        same = all(torch.equal(x, local(y.detach())) for x, y in zip(before, params, strict=True))
-        found.append((message, again, same))
+
+        def moved(before: list[torch.Tensor] = before, params: list[Any] = params) -> bool:
+            pairs = zip(before, params, strict=True)
+            return not all(torch.equal(x, local(y.detach())) for x, y in pairs)
+
+        undo = change(optimizer) if rank == 1 else lambda: None
+        messages = [said(optimizer.step), said(optimizer.step)]
+        too_early = moved()
+        undo()
+        messages.append(said(optimizer.step))
+        found.append((messages, too_early, moved()))
     return found
 
 
 @pytest.mark.parametrize("steps", [0, 2])
 def test_what_one_rank_changes_alone(steps: int) -> None:
-    """All raise the same, at the first step or later, and as often as it is tried."""
+    """All raise the same, at the first step or later, until it is mended."""
     ranks = on_ranks.run(changed_on_one_rank, 2, steps, seconds=SECONDS)
-    for change, (name, named) in enumerate(zip(CHANGES, CHANGES.values(), strict=True)):
-        (message,) = {said for rank in ranks for said in rank[change][:2]}
-        assert message.startswith(named), f"{name.__name__}: {message}"
-        assert all(rank[change][2] for rank in ranks), name.__name__
+    for number, (change, named) in enumerate(CHANGES.items()):
+        name = change.__name__
+        (message,) = {message for rank in ranks for message in rank[number][0][:2]}
+        assert message.startswith(named), f"{name}: {message}"
+        for messages, too_early, moved in (rank[number] for rank in ranks):
+            assert not too_early, name
+            assert not messages[2], f"{name}: {messages[2]}"
+            assert moved, name
+
+
+class Tag:
+    """Of which every process has its own."""
+
+
+def alike_but_for_types(rank: int) -> list[str]:
+    """Numbers of other types, objects of a rank's own, a state that one rank loads alone."""
+    mesh = init_device_mesh("cpu", (2,))
+    optimizer = FusedAdamW(
+        [{"params": [param(mesh, [Shard(0)])], "tag": Tag(), "lr": [1, np.float64(1)][rank]}],
+        max_grad_norm=[1, 1.0][rank],
+    )
+    found = [said(optimizer.step)]
+    if rank == 1:
+        optimizer.load_state_dict(optimizer.state_dict())
+    return [*found, said(optimizer.step)]
+
+
+def test_what_need_not_be_the_same() -> None:
+    assert on_ranks.run(alike_but_for_types, 2, seconds=SECONDS) == [["", ""]] * 2
+
+
+def on_grids_alike(rank: int) -> list[float]:
+    """Grids of all ranks with other neighbours; names of process groups tell nothing."""
+    found = []
+    for _ in range(3):
+        by_rows = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
+        order = torch.tensor([[0, 2], [1, 3]])
+        by_columns = DeviceMesh("cpu", order, mesh_dim_names=("rows", "columns"))
+        params = [param(mesh, [Shard(0), Shard(1)]) for mesh in (by_rows, by_columns, by_rows)]
+        optimizer = FusedAdamW(params, lr=0.1, max_grad_norm=1.0)
+        optimizer.step()
+        assert optimizer.grad_norm is not None
+        found.append(optimizer.grad_norm.item())
+    return found
+
+
+def test_one_of_several_meshes_is_chosen_alike() -> None:
+    for norms in on_ranks.run(on_grids_alike, 4, seconds=SECONDS):
+        assert norms == pytest.approx([math.sqrt(96)] * 3)
+
+
+def stopped_on_the_device(rank: int) -> list[int]:
+    """Counts of steps where rank 1 stops clipping, then both, and both clip again."""
+    mesh = init_device_mesh("cpu", (2,))
+    optimizer = FusedAdamW([param(mesh, [Shard(0)])], lr=0.1, **ENGINES[1])
+    counts = []
+    for limits in [(1.0, 1.0), (1.0, None), (1.0, None), (None, None), (1.0, 1.0)]:
+        optimizer.max_grad_norm = limits[rank]
+        optimizer.step()
+        counts.append(int(optimizer.param_groups[0]["schedule_step"]))
+    return counts
+
+
+def test_a_rank_that_stops_clipping_on_the_device() -> None:
+    """No step is taken while it does, on any rank."""
+    assert on_ranks.run(stopped_on_the_device, 2, seconds=SECONDS) == [[1, 1, 1, 2, 3]] * 2
 
 
 def turned_off_on_all(rank: int) -> list[int]:
