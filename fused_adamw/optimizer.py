@@ -530,30 +530,42 @@ class FusedOptimizer(Optimizer):
         self, device: torch.device | None, registered: RegisteredList | None
     ) -> Ranks | None:
         """The ranks that the step has to do with; they meet as said in [note: meetings]."""
+        home = device
+        if home is None:
+            home = next((p.device for g in self.param_groups for p in g["params"]), _HOST)
+
+        def begin(ranks: Ranks | None) -> Ranks | None:
+            if ranks is not None:
+                measures = self.max_grad_norm is not None or self.skip_nonfinite
+                scaled = "found_inf" in self.__dict__
+                say = functools.partial(self._said_to_ranks, device)
+                ranks.begin(measures, scaled, home, say, on_device=device is not None)
+            return ranks
+
         groups = self.norm_process_groups
         if registered is None or self._ranks_known[1] is not groups:
             known, params = self._ranks_known[0], [*chain.from_iterable(self._param_lists())]
             same = len(known) == len(params) and all(map(operator.is_, known, params))
             if not same or self._ranks_known[1] is not groups:
-                found = Ranks(params, check_process_groups(groups), self._ranks)
+                try:
+                    found = Ranks(params, check_process_groups(groups), self._ranks)
+                except Exception as error:
+                    former = begin(self._ranks)
+                    if former is not None:
+                        former.fail(error)
+                    raise
                 self._ranks = found if found.are_met else None
                 self._ranks_known = params, groups
-        ranks = self._ranks
-        if ranks is None:
-            return None
-        measures = self.max_grad_norm is not None or self.skip_nonfinite
-        scaled = "found_inf" in self.__dict__ and ranks.share_parameters
-        home = device
-        if home is None:
-            home = next((p.device for g in self.param_groups for p in g["params"]), _HOST)
-        due = bool(measures or scaled)
-        ranks.begin(due, home, self._said_to_ranks, on_device=device is not None)
-        return ranks
+        return begin(self._ranks)
 
-    def _said_to_ranks(self) -> Said:
+    def _said_to_ranks(self, device: torch.device | None) -> Said:
         """What must be the same on all ranks."""
         names = [name for name in _KEPT if name not in _OF_A_RANK]
-        options = [(type(self).__name__,), *((name, _said(getattr(self, name))) for name in names)]
+        options: list[tuple[str, ...]] = [
+            (type(self).__name__,),
+            ("steps are decided by", f"the {'host' if device is None else 'device'}"),
+            *((name, _said(getattr(self, name))) for name in names),
+        ]
         compares = self._ranks is not None and self._ranks.have_all
         params: list[tuple[str, ...]] = [(f"{len(self.param_groups)} param groups",)]
         lines: list[tuple[str, ...]] = []
@@ -574,7 +586,7 @@ class FusedOptimizer(Optimizer):
         idle = () if self._in_backward is None else self._in_backward.idle_groups()
         options = self._step_options()
         if "found_inf" in self.__dict__ and one_number("found_inf", self.found_inf):
-            if not options.measures_norm and (ranks is None or not ranks.share_parameters):
+            if not options.measures_norm and (ranks is None or not ranks.await_this_one):
                 self._skip_unread(options)
                 return
             options = replace(options, overflow=True)
@@ -1638,7 +1650,7 @@ def _said(value: Any) -> str:
         return repr(value.tolist()) if value.device.type == "cpu" else f"a {value.dtype} tensor"
     if isinstance(value, Schedule):
         return repr(value.describe())
-    if isinstance(value, numbers.Real) and not isinstance(value, bool):
+    if isinstance(value, numbers.Real) and value is not True and value is not False:
         value = float(value)  # of whatever type
     text = "a function" if callable(value) else repr(value)
     return f"a {type(value).__name__}" if " at 0x" in text else text  # which is another's elsewhere

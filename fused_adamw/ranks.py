@@ -6,10 +6,10 @@ over each dimension of a mesh, after which all know the same and so decide alike
 the first step, to compare what their param groups are, and in the one after a step with a meeting,
 so that a rank that no longer needs one is not waited for.
 
-Every message has the same length, whatever a rank has to say: ``total, overflows, nonfinite,
-absent`` and words of a hash of what must be the same everywhere. A rank that cannot take the step
-says that it is absent instead of raising at once, so that nobody waits for it, and all raise the
-same.
+Every message of the host has the same length, whatever a rank has to say: ``total, overflows,
+nonfinite, measuring, absent`` and words of a hash of what must be the same everywhere. A rank that
+no longer measures, or cannot take the step, says that it is absent, so that nobody waits for it; if
+others measure, all raise the same. A device's messages have no hash.
 
 The mesh is one that has all ranks of the parameters' meshes: its *route*. Squares are counted once:
 of what several ranks have a copy of, one of them adds the squares, and the others look for numbers
@@ -32,7 +32,8 @@ from fused_adamw.shards import ProcessGroup, is_sharded
 
 CLASSES = 2
 """Of parameters: those whose squares this rank adds to the norm, and those that another adds."""
-_FLAGS = 4  # total, overflows, nonfinite, absent
+_FLAGS = 5  # total, overflows, nonfinite, measuring, absent
+_ABSENT = (0.0, 0.0, 0.0, 1.0, 1.0)  # of a rank that cannot take the step
 _WORDS = 3  # of a hash, each of 16 bits so that float64 sums the squares of 2^21 exactly
 _ERRORS = (TypeError, ValueError, RuntimeError)
 
@@ -86,8 +87,9 @@ class Ranks:
         mesh = _mesh_of_all(meshes)
         self._route = [] if mesh is None else _groups(mesh)
         self._ranks = () if mesh is None else _ranks_of(mesh)
-        if self._ranks and torch.distributed.get_rank() not in self._ranks:
-            self._route = []  # all is on other ranks
+        is_outside = bool(self._ranks) and torch.distributed.get_rank() not in self._ranks
+        if is_outside:
+            self._route = []
         self._extra = list(norm_process_groups)
         for group in self._extra:
             shared = {*torch.distributed.get_process_group_ranks(group)}.intersection(self._ranks)
@@ -97,14 +99,17 @@ class Ranks:
                     "share DTensor parameters, so that the norm is summed over them anyway; "
                     "accepted: groups of ranks that share none"
                 )
-        self._apart = "" if mesh is not None or self._extra else _names(meshes)
+        self._apart = ""
+        if (mesh is None and not self._extra) or (is_outside and not all(map(is_sharded, params))):
+            self._apart = _names(meshes)
         self.classes = [_class_of(param, self._ranks) for param in params]
         self.have_all = all(_is_slice(x) or len(_ranks_of(x)) == len(self._ranks) for x in meshes)
-        self._has_met, self._was_due = not self._route, False
+        self._has_met, self._was_due, self._measured = not self._route, False, False
         if former is not None:
             self._has_met |= former.share_parameters and former._has_met
-            self._was_due = former._was_due
-        self._due = self._compares = self._sums = self._told = False
+            self._was_due, self._measured = former._was_due, former._measured
+        self._measures = self._due = self._compares = self._sums = self._told = False
+        self._beyond: list[ProcessGroup] = []  # those of `extra` that are met in this step
         self._device = torch.device("cpu")
         self._say: Callable[[], Said] = lambda: Said([], [], [])
         self._digest = b""  # of options and parameters, which no step changes
@@ -119,19 +124,33 @@ class Ranks:
         """Whether there are any in some step, or ought to be."""
         return bool(self._route or self._extra or self._apart)
 
+    @property
+    def await_this_one(self) -> bool:
+        """Whether the others come to a meeting that has still to be held in this step."""
+        return self._compares or self._sums
+
     def begin(
-        self, due: bool, device: torch.device, say: Callable[[], Said], *, on_device: bool = False
+        self,
+        measures: bool,
+        scaled: bool,
+        device: torch.device,
+        say: Callable[[], Said],
+        *,
+        on_device: bool = False,
     ) -> None:
         """Before a step.
 
         Args:
-            due: whether it depends on what other ranks have.
+            measures: whether it depends on the norm of all ranks' gradients.
+            scaled: whether it depends on what a scaler found.
             device: of the gradients.
             say: says what must be the same on all ranks that share parameters.
             on_device: whether the step is decided there.
         """
-        self._due = due
-        comes = due or self._was_due
+        self._measures, self._due = measures, measures or (scaled and self.share_parameters)
+        on_route = bool(self._route) and (self._due or self._was_due)
+        self._beyond = self._extra if measures or self._measured else []
+        comes = on_route or bool(self._beyond) or bool(self._apart and self._due)
         self._compares = not self._has_met or (comes and not on_device)
         self._sums = comes and on_device
         self._device = device
@@ -151,18 +170,12 @@ class Ranks:
         Raises:
             TypeError, ValueError, RuntimeError: a rank cannot take the step, or ranks differ.
         """
-        if self._apart and self._due:
-            raise ValueError(
-                f"params: found DTensors of {self._apart}, none of which has the ranks of all; "
-                "accepted with max_grad_norm, skip_nonfinite or a scaler: a mesh that has, or "
-                "norm_process_groups"
-            )
+        self._refuse_apart()
         if not self._compares:
             return squares[0], overflow
         nonfinite = not all(map(math.isfinite, squares))
-        absent = self._was_due and not self._due
-        found = self._exchange([squares[0], overflow, nonfinite, absent], common)
-        self._was_due = self._due
+        found = self._exchange([squares[0], overflow, nonfinite, *self._attendance()], common)
+        self._was_due, self._measured = self._due, self._measures
         total = math.nan if found[2] and math.isfinite(found[0]) else found[0]
         return total, found[1] > 0
 
@@ -178,36 +191,53 @@ class Ranks:
         Returns:
             The sum of squares, and what any rank found.
         """
+        self._refuse_apart()
         if self._compares:
             self._exchange([0.0] * _FLAGS)
         if not self._sums:
             return squares[0], overflow
         self._sums = False
-        flags = squares.new_zeros(_FLAGS)
+        flags = squares.new_tensor([0.0, 0.0, 0.0, *self._attendance()])
         flags[0] = squares[0]
         if overflow is not None:
             flags[1] = overflow.reshape(())
         flags[2] = ~squares.isfinite().all()
-        flags[3] = float(not self._due)
-        groups = [*self._route, *self._extra]
-        found = self._sum(flags, groups)
-        self._was_due = True  # the host does not know whether others will come again
-        some_absent = (found[3] > 0) & (found[3] < _count(groups))
+        found = self._sum(flags, [*self._route, *self._beyond])
+        self._stay()
+        differ = (found[3] > 0) & (found[4] > 0)
         total = torch.where((found[2] > 0) & found[0].isfinite(), math.nan, found[0])
-        return total, ((found[1] > 0) | some_absent).to(torch.float32)
+        return total, ((found[1] > 0) | differ).to(torch.float32)
 
     def fail(self, error: Exception) -> NoReturn:
         """Takes part in the meeting of a step that this rank cannot take, then raises on all."""
         if self._compares and not self._told:
-            self._exchange([0.0, 0.0, 0.0, 1.0], error=error)
+            self._exchange(_ABSENT, error=error)
         if self._sums and not self._told:
-            absent = torch.zeros(_FLAGS, dtype=torch.float64, device=self._device)
-            absent[-1] = 1
-            self._sum(absent, [*self._route, *self._extra])
-            self._was_due = True
+            self._sums = False
+            flags = torch.tensor(_ABSENT, dtype=torch.float64, device=self._device)
+            self._sum(flags, [*self._route, *self._beyond])
+            self._stay()
         if self._told or type(error) not in _ERRORS or not (self._route or self._extra):
             raise error
         raise type(error)(_blamed(error)) from error
+
+    def _attendance(self) -> tuple[bool, bool]:
+        """Whether this rank measures, and whether it no longer does."""
+        return self._measures, self._measured and not self._measures
+
+    def _stay(self) -> None:
+        """Comes to the next step's meeting, as the host does not know whether others will."""
+        self._was_due = True
+        self._measured |= self._measures
+
+    def _refuse_apart(self) -> None:
+        if self._apart and self._due:
+            self._compares = self._sums = False
+            raise ValueError(
+                f"params: found DTensors of {self._apart}, which have not the ranks of all; "
+                "accepted with max_grad_norm, skip_nonfinite or a scaler: a mesh that has, or "
+                "norm_process_groups"
+            )
 
     def _exchange(
         self,
@@ -216,18 +246,18 @@ class Ranks:
         error: Exception | None = None,
     ) -> list[float]:
         """The flags, summed over all ranks; raises what one of them has to say."""
-        self._compares = False
         words = self._hash(common) if self._route and error is None else (0.0,) * _WORDS
+        self._compares = False
         message = torch.tensor([*flags, *words, *(x * x for x in words)], dtype=torch.float64)
         found = self._sum(message, self._route)
         # Numbers are the same if and only if their variance is zero.
-        count = _count(self._route)
+        count = math.prod(map(torch.distributed.get_world_size, self._route))
         sums = found[_FLAGS:].tolist()
         same = sums == [*(count * x for x in words), *(count * x * x for x in words)]
         found = found[:_FLAGS]
-        found[-1] += 0 if same else math.inf
-        found = self._sum(found, self._extra)
-        if error is not None or found[-1] not in (0, count * _count(self._extra)):
+        found[3:] += 0 if same else 1
+        found = self._sum(found, self._beyond)
+        if not same or (found[3] > 0 and found[4] > 0):
             self._raise_common(error)
         self._has_met = True
         return found.tolist()
@@ -255,8 +285,12 @@ class Ranks:
     def _raise_common(self, error: Exception | None) -> NoReturn:
         """Tells all ranks what each says, and raises the same on all."""
         self._told, self._digest = True, b""
-        said = self._say()._replace(route=self._ranks)
         me = torch.distributed.get_rank()
+        try:
+            said = self._say()._replace(route=self._ranks)
+        except Exception as unspeakable:  # others wait for a word
+            error = error or unspeakable
+            said = Said([], [], [], self._ranks)
         if error is not None:
             said = said._replace(error=(_kind_of(error).__name__, _blamed(error)))
         known = {me: said}
@@ -308,11 +342,6 @@ def _blamed(error: Exception) -> str:
     """The message, with the rank, and with the type of an error whose message needs it."""
     text = str(error) if isinstance(error, _ERRORS) else f"{type(error).__name__}: {error}"
     return f"rank {torch.distributed.get_rank()}: {text}"
-
-
-def _count(groups: Iterable[ProcessGroup]) -> int:
-    """How many ranks a sum over one group after the other counts."""
-    return math.prod(map(torch.distributed.get_world_size, groups))
 
 
 def _ranks_of(mesh: Any) -> tuple[int, ...]:

@@ -238,6 +238,8 @@ class RegisteredList:
             # Of each param group; of each class where ranks meet, whose groups may be others.
             sums, rows = (groups, 1) if self.ranks is None else (CLASSES, groups)
             squares, overflow = [0.0] * sums, options.overflow
+            if options.telemetry:
+                measurements.observe(self.native, engines, buckets, shape, options.grad_scale)
             if options.measures_norm:
                 squares = measurements.squares(self.native, engines, buckets, sums, rows)
             if (ranks := self.ranks) is not None:
@@ -267,8 +269,6 @@ class RegisteredList:
         factor = coefficient / options.grad_scale
         if factor != 1.0:
             self.native.set_grad_factor(factor)
-        if options.telemetry and self.device_step is None:
-            measurements.observe(self.native, engines, buckets, shape, options.grad_scale)
         done = 0
         try:
             for engine, bucket in zip(engines, buckets, strict=True):

@@ -387,7 +387,8 @@ bool ParameterList::gather(const std::vector<const Hyperparameters*>& groups,
   options_ = options;
   updated_.clear();
   routes_.clear();
-  chunks_ = sharded_gradients_ = 0;
+  chunks_ = 0;
+  sharded_gradients_ = 0;
   groups_ = static_cast<int>(groups.size());
   chunk_runs_.clear();
   for (const auto& bucket : buckets_) {
@@ -412,7 +413,7 @@ bool ParameterList::gather(const std::vector<const Hyperparameters*>& groups,
     // torch's own attribute holds the gradient; any other may hand out a tensor of the moment.
     if (!grads && !entry.gradient.get) temporaries_.append(grad);
     PyObject* own_grad = entry.sharded ? local_gradient(entry, grad.ptr()) : grad.ptr();
-    sharded_gradients_ += entry.sharded;
+    if (entry.sharded) sharded_gradients_ = sharded_gradients_ * 0x100000001b3u + i + 1;
 
     Dtype grad_dtype;
     void* grad_memory = read_gradient(entry, own_grad, grad_dtype);

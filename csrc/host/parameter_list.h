@@ -94,8 +94,8 @@ class ParameterList {
   // has the dict of states.
   bool gather(const std::vector<const Hyperparameters*>& groups,
               const std::optional<py::list>& grads, bool is_state_held, const StepOptions& options);
-  // How many DTensors have a gradient in the step that was gathered.
-  std::int64_t sharded_gradients() const { return sharded_gradients_; }
+  // A number that tells which DTensors have a gradient in the step that was gathered.
+  std::uint64_t sharded_gradients() const { return sharded_gradients_; }
 
   // Of the gradients that gather() found: the number of their chunks ([note: square sums]), those
   // of each row, and with zero_grads the tensors, and which of them were read as copies.
@@ -248,7 +248,7 @@ class ParameterList {
   py::list temporaries_;
   py::list zeroed_, restrided_;
   std::int64_t chunks_ = 0;
-  std::int64_t sharded_gradients_ = 0;
+  std::uint64_t sharded_gradients_ = 0;
   std::vector<ChunkRun> chunk_runs_;
   int classes_ = 1;
   int groups_ = 0;

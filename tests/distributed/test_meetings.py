@@ -41,6 +41,8 @@ def said(call: Callable[[], object]) -> str:
     try:
         call()
     except Exception as error:
+        if "gloo" in str(error):  # of a rank that ended while another waited for it
+            raise
         return f"{type(error).__name__}: {error}"
     return ""
 
@@ -187,6 +189,62 @@ def test_stages_with_other_param_groups() -> None:
         assert norm == pytest.approx(math.sqrt(4 * (8 + 8 + 5 + 3)))
 
 
+def one_stage_sharded(rank: int) -> list[tuple[str, float]]:
+    """Of two stages one has DTensors, in steps that clip, that a scaler drives, and that do not."""
+    world = init_device_mesh("cpu", (2, 2), mesh_dim_names=("pp", "dp"))
+    mesh = world["dp"] if rank < 2 else None
+    optimizer = FusedAdamW(
+        [param(mesh, [Shard(0)])], lr=0.1, norm_process_groups=[world["pp"].get_group()]
+    )
+    found = []
+    for limit, is_scaled in [
+        *((None, False), (None, True), (1.0, False), (1.0, True), (None, True), (None, False)),
+        *((1.0, False), (None, False), (None, False)),
+    ]:
+        optimizer.max_grad_norm = limit
+        if is_scaled:
+            optimizer.found_inf = torch.tensor(0.0)
+        message = said(optimizer.step)
+        if is_scaled:
+            del optimizer.found_inf
+        norm = optimizer.grad_norm
+        found.append((message, math.nan if norm is None or limit is None else norm.item()))
+    return found
+
+
+def test_one_of_two_stages_has_dtensors() -> None:
+    for rank in on_ranks.run(one_stage_sharded, 4, seconds=SECONDS):
+        assert [message for message, _ in rank] == [""] * 9
+        assert [norm for _, norm in rank if norm == norm] == pytest.approx([8.0] * 3)
+
+
+def parts_that_stop_clipping(rank: int) -> list[str]:
+    """Of plain parts: all stop, as an overflow is found on one; all stop, as one cannot step."""
+    found = []
+    for trouble in ("overflow", "error"):
+        optimizer = FusedAdamW(
+            [param(None, [])],
+            lr=0.1,
+            max_grad_norm=1.0,
+            norm_process_groups=[distributed.group.WORLD],
+        )
+        optimizer.step()
+        optimizer.max_grad_norm = None
+        if rank == 1 and trouble == "overflow":
+            optimizer.found_inf = torch.tensor(1.0)
+        if rank == 1 and trouble == "error":
+            optimizer.param_groups[0]["lr"] = -1.0
+        found.append(said(optimizer.step))
+        distributed.barrier()
+    return found
+
+
+def test_parts_that_all_stop_clipping() -> None:
+    for overflow, error in on_ranks.run(parts_that_stop_clipping, 2, seconds=SECONDS):
+        assert not overflow
+        assert error.startswith("ValueError: rank 1: param group 0: lr: found -1.0")
+
+
 def test_an_error_in_another_stage() -> None:
     found = on_ranks.run(stages, 4, "an error", seconds=SECONDS)
     (message,) = {message for message, _ in found}
@@ -226,6 +284,32 @@ def add_group(optimizer: FusedAdamW) -> Undo:
     return lambda: optimizer.param_groups.pop()
 
 
+def break_telemetry(optimizer: FusedAdamW) -> Undo:
+    def out_of_memory(*_: Any, **__: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    optimizer.collect_telemetry = True
+    optimizer._measurements.observe = out_of_memory  # type: ignore[method-assign]
+
+    def undo() -> None:
+        optimizer.collect_telemetry = False
+        del optimizer._measurements.observe
+
+    return undo
+
+
+def break_process_groups(optimizer: FusedAdamW) -> Undo:
+    optimizer.norm_process_groups = [None]
+    return lambda: setattr(optimizer, "norm_process_groups", ())
+
+
+def break_words(optimizer: FusedAdamW) -> Undo:
+    """A value that cannot be told to others."""
+    optimizer.param_groups[0]["tag"] = torch.ones(2).to_sparse()
+    optimizer._ranks_known = [], ()
+    return lambda: optimizer.param_groups[0].pop("tag")
+
+
 def change_lr(optimizer: FusedAdamW) -> Undo:
     optimizer.param_groups[0]["lr"] = 0.2
     return lambda: optimizer.param_groups[0].update(lr=0.1)
@@ -251,6 +335,7 @@ CHANGES: dict[Callable[[FusedAdamW], Undo], str] = {
     break_options: "ValueError: rank 1: max_grad_norm: found -1.0",
     break_memory: "RuntimeError: rank 1: CUDA out of memory",
     break_group: "RuntimeError: rank 1: KeyError: 'lr'",
+    break_telemetry: "RuntimeError: rank 1: CUDA out of memory",
     add_group: "ValueError: rank 1: found 2 param groups; on rank 0 1 param groups; accepted",
     change_lr: "ValueError: rank 1: found param group 0: lr 0.2; on rank 0 param group 0: lr 0.1;",
     change_limit: "ValueError: rank 1: found max_grad_norm 2.0; on rank 0 max_grad_norm 1.0;",
@@ -353,6 +438,55 @@ def stopped_on_the_device(rank: int) -> list[int]:
 def test_a_rank_that_stops_clipping_on_the_device() -> None:
     """No step is taken while it does, on any rank."""
     assert on_ranks.run(stopped_on_the_device, 2, seconds=SECONDS) == [[1, 1, 1, 2, 3]] * 2
+
+
+def other_gradients_on_each(rank: int) -> str:
+    """As many of them as on the other rank."""
+    mesh = init_device_mesh("cpu", (2,))
+    params = [param(mesh, [Replicate()]) for _ in range(2)]
+    optimizer = FusedAdamW(params, lr=0.1, max_grad_norm=1.0)
+    optimizer.step()
+    params[rank].grad = None
+    return said(optimizer.step)
+
+
+def test_other_gradients_on_each_rank() -> None:
+    (message,) = {*on_ranks.run(other_gradients_on_each, 2, seconds=SECONDS)}
+    assert "without a gradient; on rank 0" in message or "with a gradient; on rank 0" in message
+
+
+def bad_words_and_groups(rank: int) -> list[str]:
+    """What fails on one rank before anything is compared, once ranks have met."""
+    mesh = init_device_mesh("cpu", (2,))
+    found = []
+    for change in (break_process_groups, break_words):
+        optimizer = FusedAdamW([param(mesh, [Shard(0)])], lr=0.1, max_grad_norm=1.0)
+        optimizer.step()
+        if rank == 1:
+            change(optimizer)
+        found.append(said(optimizer.step))
+        distributed.barrier()
+    return found
+
+
+def test_what_fails_before_anything_is_compared() -> None:
+    ranks = on_ranks.run(bad_words_and_groups, 2, seconds=SECONDS)
+    assert ranks[0][0] == ranks[1][0]
+    assert ranks[0][0].startswith("TypeError: rank 1: norm_process_groups: found [None]")
+
+
+def outside_of_the_mesh(rank: int) -> str:
+    """Rank 2 has none of the ranks of the only mesh, and a plain parameter."""
+    optimizer = FusedAdamW(
+        [param(DeviceMesh("cpu", [0, 1]), [Shard(0)]), param(None, [])], lr=0.1, max_grad_norm=1.0
+    )
+    return said(optimizer.step)
+
+
+def test_a_rank_outside_of_every_mesh() -> None:
+    *inside, outside = on_ranks.run(outside_of_the_mesh, 3, seconds=SECONDS)
+    assert inside == ["", ""]
+    assert "params: found DTensors of a mesh of ranks [0, 1]" in outside
 
 
 def turned_off_on_all(rank: int) -> list[int]:
