@@ -294,7 +294,7 @@ class Ranks:
         if error is not None:
             said = said._replace(error=(_kind_of(error).__name__, _blamed(error)))
         known = {me: said}
-        for group in [*self._route, *self._extra]:
+        for group in [*self._route, *self._beyond]:
             lists: list[Any] = [None] * torch.distributed.get_world_size(group)
             torch.distributed.all_gather_object(lists, known, group=group)
             for other in lists:

@@ -218,6 +218,26 @@ def test_one_of_two_stages_has_dtensors() -> None:
         assert [norm for _, norm in rank if norm == norm] == pytest.approx([8.0] * 3)
 
 
+def wrong_at_first_in_one_stage(rank: int) -> str:
+    """Of the stage that has DTensors, in a step in which the other stage meets nobody."""
+    world = init_device_mesh("cpu", (2, 2), mesh_dim_names=("pp", "dp"))
+    mesh = world["dp"] if rank < 2 else None
+    groups = [world["pp"].get_group()]
+    optimizer = FusedAdamW([param(mesh, [Shard(0)])], lr=0.1, norm_process_groups=groups)
+    if rank == 1:
+        optimizer.param_groups[0]["lr"] = -1.0
+    message = said(optimizer.step)
+    distributed.barrier()
+    return message
+
+
+def test_an_error_that_concerns_one_stage() -> None:
+    first, second, *others = on_ranks.run(wrong_at_first_in_one_stage, 4, seconds=SECONDS)
+    assert first == second
+    assert first.startswith("ValueError: rank 1: param group 0: lr: found -1.0")
+    assert others == ["", ""]
+
+
 def parts_that_stop_clipping(rank: int) -> list[str]:
     """Of plain parts: all stop, as an overflow is found on one; all stop, as one cannot step."""
     found = []
