@@ -1427,7 +1427,7 @@ class FusedOptimizer(Optimizer):
         needed = {*names, *(["step"] if self._counts else [])}
         if self._scalar is not None:
             needed.add(self._scalar)
-        arrays = self._known_states.union(names)
+        arrays = [*names, *sorted(self._known_states.difference(names))]
         uncoded = {code_key(name): name for name in arrays}
         known = {*needed, *arrays, *map(scale_key, arrays), *BESIDE_KEYS, EMA}
         found = {uncoded.get(key, key) for key in saved}
@@ -1436,22 +1436,25 @@ class FusedOptimizer(Optimizer):
                 f"{where} is of another algorithm than {type(self).__name__}: "
                 f"found states {sorted(found)}, accepted: {sorted(needed)}"
             )
-        state: dict[str, Any] = {}
-        for name, value in saved.items():
-            if name == "step":
-                state[name] = _loaded_scalar(where, name, value, torch.float32)
-            elif name == self._scalar:
-                state[name] = _loaded_scalar(where, name, value, torch.float64)
-            elif name == EMA or name in arrays:
-                _check_loaded(f"{where}: '{name}'", value, param)
+        state: dict[str, Any] = {}  # in the order of a fresh one, for which graphs are compiled
+        if self._counts:
+            state["step"] = _loaded_scalar(where, "step", saved["step"], torch.float32)
+        if self._scalar is not None:
+            scalar = _loaded_scalar(where, self._scalar, saved[self._scalar], torch.float64)
+            state[self._scalar] = scalar
+        for name in (*arrays, EMA):
+            if name in saved:
+                _check_loaded(f"{where}: '{name}'", saved[name], param)
         saved = self._localized(where, saved, param)
         local = local_of(param)
+        average = {}
         if EMA in saved:
             ema = saved[EMA].detach().to(local.device, torch.float32, copy=True)
-            state[EMA] = wrapped(ema, param)
+            average[EMA] = wrapped(ema, param)
         present = states_in(saved, arrays)
         if param.dtype not in PARAM_DTYPES:  # which nothing steps
-            return {**state, **{name: saved[name] for name in saved if name in arrays}}, True
+            state |= {name: saved[name] for name in arrays if name in saved}
+            return state | average, True
         layout = self._layout(group, place)
         try:
             if not self._has_begun(group, saved):
@@ -1467,7 +1470,7 @@ class FusedOptimizer(Optimizer):
                 )
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from None
-        return {**state, **wrapped_state(converted, param)}, True
+        return state | wrapped_state(converted, param) | average, True
 
     def _has_begun(self, group: dict[str, Any], saved: dict[str, Any]) -> bool:
         """Whether a saved state is of a parameter that has taken a step.

@@ -225,6 +225,23 @@ def test_every_class_exchanges_checkpoints(
     assert_as_near_as(numbers_of(continued, params), *ends)
 
 
+@pytest.mark.parametrize(("drop_in", "options"), CASES, ids=in_id)
+def test_a_loaded_state_has_the_order_of_a_fresh_one(
+    drop_in: DropIn, options: dict[str, Any]
+) -> None:
+    """Whatever that of the checkpoint is: graphs are compiled for one order."""
+    params = params_in(torch.bfloat16)
+    optimizer = drop_in.ours(params, **options, precision="master", ema_decay=0.5)
+    train_in(optimizer, params, range(2))
+    fresh = [list(optimizer.state[param]) for param in params]
+    checkpoint = saved(optimizer.state_dict())
+    checkpoint["state"] = {
+        i: dict(reversed(state.items())) for i, state in checkpoint["state"].items()
+    }
+    optimizer.load_state_dict(checkpoint)
+    assert [list(optimizer.state[param]) for param in params] == fresh
+
+
 def train_in(optimizer: Optimizer, params: list[Any], steps: range) -> None:
     """`train` with the same gradients in every dtype."""
     drawn = make_params()
