@@ -330,6 +330,9 @@ def main() -> None:
             print(f"Validation loss {found['validation_loss']:.4f}, sha256 {found['sha256'][:16]}")
             if args.output is not None:
                 args.output.write_text(json.dumps(found, indent=2) + "\n")
+        # Python aborts where a thread of gloo lets go of a gathered tensor while the process ends.
+        # Each has done so long before all ranks are here.
+        distributed.barrier()
     finally:
         distributed.destroy_process_group()
 

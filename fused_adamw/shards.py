@@ -108,13 +108,10 @@ def refuse_placements(param: Any) -> None:
     Raises:
         ValueError: a placement that is neither Shard nor Replicate.
     """
-    if not is_sharded(param):
-        return
-    for placement in param.placements:
-        if placement.is_partial():
-            raise ValueError(
-                f"placements: found {placements_name(param)}, accepted: Shard and Replicate"
-            )
+    if is_sharded(param) and any(placement.is_partial() for placement in param.placements):
+        raise ValueError(
+            f"placements: found {placements_name(param)}, accepted: Shard and Replicate"
+        )
 
 
 def mesh_cuts(param: Any) -> dict[int, list[int] | None]:
@@ -181,10 +178,7 @@ def block_split(
 
 def block_shape(shape: torch.Size, split: int, block: int) -> torch.Size:
     """The shape of what there is one of for each block; see `block_split`."""
-    inner = 1
-    for size in shape[split:]:
-        inner *= size
-    return torch.Size((*shape[:split], inner // block))
+    return torch.Size((*shape[:split], math.prod(shape[split:]) // block))
 
 
 class Extent(NamedTuple):
@@ -243,18 +237,3 @@ def _is_nested(tensor: Tensor, order: Sequence[int]) -> bool:
         size == 1 or own == dense
         for size, own, dense in zip(sizes, strides, row_major(sizes), strict=True)
     )
-
-
-def shard_groups(param: Any) -> tuple[list[ProcessGroup], list[ProcessGroup]]:
-    """The process groups of a parameter's mesh, and of them those over which it is sharded.
-
-    Those of one rank are left out.
-    """
-    if not is_sharded(param):
-        return [], []
-    mesh = param.device_mesh
-    if mesh.get_coordinate() is None:  # the parameter is on other ranks
-        return [], []
-    groups = [(mesh.get_group(axis), axis) for axis in range(mesh.ndim) if mesh.size(axis) > 1]
-    shards = [group for group, axis in groups if not param.placements[axis].is_replicate()]
-    return [group for group, _ in groups], shards
