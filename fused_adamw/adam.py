@@ -8,7 +8,8 @@ from typing import Any
 from torch import Tensor
 from typing_extensions import Unpack
 
-from fused_adamw.optimizer import FusedOptimizer, Options, decay_of_flag
+from fused_adamw.optimizer import FusedOptimizer
+from fused_adamw.param_groups import Options, decay_of_flag
 
 
 class FusedAdamW(FusedOptimizer):

@@ -9,7 +9,8 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from fused_adamw.adam import as_numbers
-from fused_adamw.optimizer import FusedOptimizer, Options
+from fused_adamw.optimizer import FusedOptimizer
+from fused_adamw.param_groups import Options
 
 
 class FusedAdamax(FusedOptimizer):

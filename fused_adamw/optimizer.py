@@ -1,11 +1,10 @@
-"""What every optimizer of the library shares: registration, the step, checkpoints."""
+"""What every optimizer of the library shares: registration, the step, states."""
 
 from __future__ import annotations
 
 import contextlib
 import functools
 import itertools
-import math
 import numbers
 import operator
 import sys
@@ -17,7 +16,8 @@ from copy import deepcopy
 from dataclasses import replace
 from inspect import signature
 from itertools import chain
-from typing import TYPE_CHECKING, Any, TypeAlias, TypedDict, TypeVar, overload
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, TypeVar, overload
 
 import torch
 from torch import Tensor
@@ -38,25 +38,32 @@ from fused_adamw.device_step import (
     refuse_capture,
 )
 from fused_adamw.engines import check_engine, engine_status
-from fused_adamw.hyperparameters import group_keys, hyperparameters, values_of
+from fused_adamw.hyperparameters import hyperparameters, values_of
+from fused_adamw.loading import States, loaded_groups, loaded_states, warn_of_other_masters
 from fused_adamw.measurements import GroupTelemetry, Measurements
 from fused_adamw.memory_report import MemoryReport, PlannedTensor, memory_report
+from fused_adamw.param_groups import (
+    FLAG,
+    OF_ALL_GROUPS,
+    PARAM_DTYPES,
+    Options,
+    Place,
+    Precision,
+    decay_of_flag,
+    label_of,
+)
 from fused_adamw.precision import (
     BESIDE_KEYS,
-    MASTER,
     STATE_KINDS,
     Layout,
     beside_of,
     blocks_fit,
     check_precision,
     code_key,
-    convert_state,
     decoded_states,
     full_value,
-    is_master_of,
     layout_of,
     local_state,
-    localized_state,
     scale_key,
     states_in,
     stored_state,
@@ -64,7 +71,7 @@ from fused_adamw.precision import (
 )
 from fused_adamw.ranks import CLASSES, Ranks, Said
 from fused_adamw.registration import Member, RegisteredList
-from fused_adamw.schedules import Schedule, from_description
+from fused_adamw.schedules import Schedule
 from fused_adamw.shards import (
     WHOLE,
     Extent,
@@ -73,10 +80,8 @@ from fused_adamw.shards import (
     local_of,
     placements_name,
     refuse_placements,
-    same_layout,
     wrapped,
 )
-from fused_adamw.weight_decay import convert_weight_decay
 from fused_adamw.whole_step import (
     EMA,
     Outcome,
@@ -89,7 +94,6 @@ from fused_adamw.whole_step import (
 if TYPE_CHECKING:
     from fused_adamw.step_in_backward import StepInBackward
 
-PARAM_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Attributes that copies and pickles keep, beside what torch keeps.
 _KEPT = (
     *("engine", "precision", "stochastic_rounding", "remainder_bits", "state_dtype"),
@@ -100,42 +104,12 @@ _PLAIN_OR_TUPLE = _PLAIN | {tuple}
 _OWN_REFERENCES = 2  # the attribute's and the call's
 _HOST = torch.device("cpu")
 _FRAMES_OF_STEP = 6  # at most between its caller and itself: hooks and wrappers
-_FLAG = "decoupled_weight_decay"  # torch's name for the convention of decay, kept in checkpoints
-# Every value of a group that only some rules have, and that tells them apart.
-_RULES_KEYS = {_FLAG}.union(*map(group_keys, _C.RULES))
 Loss = TypeVar("Loss")
-States = defaultdict[Tensor, dict[str, Any]]
-# Of a parameter, by its name, if it has one, and itself.
-Precision: TypeAlias = Callable[[str | None, Tensor], str | None]
-# Of a parameter its param group, its place there and its number among all.
-Place = tuple[int, int, int]
-
-
-class Options(TypedDict, total=False):
-    """The keywords of `FusedOptimizer` that every optimizer takes beside its own."""
-
-    engine: str
-    schedule_multiplier: float
-    schedule: Schedule | None
-    precision: str | Precision | None
-    stochastic_rounding: bool
-    seed: int
-    remainder_bits: int
-    state_dtype: torch.dtype | None
-    max_grad_norm: float | Tensor | None
-    skip_nonfinite: bool
-    norm_process_groups: Sequence[Any]
-    ema_decay: float | None
-    zero_grads: bool
-    telemetry: bool
-
-
-_OF_ALL_GROUPS = Options.__annotations__.keys() - {"schedule_multiplier", "schedule", "seed"}
 _NO_RANKS: tuple[Sequence[Tensor], Sequence[Any]] = [], ()
 # Options that each rank may have of its own.
 _OF_A_RANK = {"engine", "collect_telemetry", "norm_process_groups"}
 # Of a group what other ranks need not have: objects of this one, or a list too long for a line.
-_NOT_SAID = {"params", "param_names", *_OF_ALL_GROUPS}
+_NOT_SAID = {"params", "param_names", *OF_ALL_GROUPS}
 
 
 class FusedOptimizer(Optimizer):
@@ -207,6 +181,8 @@ class FusedOptimizer(Optimizer):
     _rule: str
     # What a group of a checkpoint must have, and its states may have, to be of this algorithm.
     _group_keys: frozenset[str]
+    # Values of a group that torch's checkpoints lack and mean, where that is not the group's own.
+    _torch_values: Mapping[str, Any] = MappingProxyType({})
     _known_states: frozenset[str]
     # Whether a parameter's state has the number of steps it has taken, as "step".
     _counts = True
@@ -307,9 +283,9 @@ class FusedOptimizer(Optimizer):
     def _hyperparameters(self, group: dict[str, Any]) -> _C.Hyperparameters:
         """The values of a group, checked."""
         decouples = self._decouples(group)
-        if group.get(_FLAG, decouples) != decouples:
+        if group.get(FLAG, decouples) != decouples:
             raise ValueError(
-                f"{_FLAG}: found {group[_FLAG]!r} beside decay {group['decay']!r}, accepted: "
+                f"{FLAG}: found {group[FLAG]!r} beside decay {group['decay']!r}, accepted: "
                 f"{decouples}, or only one of them"
             )
         schedule = group["schedule"]
@@ -370,15 +346,15 @@ class FusedOptimizer(Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a param group, as in torch; refused whole if anything in it cannot be used."""
-        if isinstance(param_group, dict) and _FLAG in self.defaults:
+        if isinstance(param_group, dict) and FLAG in self.defaults:
             if "decay" not in param_group:
-                flag = param_group.get(_FLAG, self._decouples(param_group))
+                flag = param_group.get(FLAG, self._decouples(param_group))
                 if flag != self._decouples(param_group):
                     param_group["decay"] = decay_of_flag(flag)
-            param_group.setdefault(_FLAG, self._decouples(param_group))
+            param_group.setdefault(FLAG, self._decouples(param_group))
         count = len(self.param_groups)
         if isinstance(param_group, dict):
-            for name in sorted(_OF_ALL_GROUPS & param_group.keys()):
+            for name in sorted(OF_ALL_GROUPS & param_group.keys()):
                 attribute = "collect_telemetry" if name == "telemetry" else name
                 if param_group[name] is getattr(self, attribute):  # ZeRO repeats them
                     del param_group[name]
@@ -411,7 +387,7 @@ class FusedOptimizer(Optimizer):
             if not isinstance(param, Tensor):
                 continue
             if param in seen:
-                label = _label(first + i, {"param_names": names} if names[i] else {}, i)
+                label = label_of(first + i, {"param_names": names} if names[i] else {}, i)
                 raise ValueError(
                     f"params: {label} is given twice; accepted: each parameter once, in one group"
                 )
@@ -424,7 +400,7 @@ class FusedOptimizer(Optimizer):
         group = self.param_groups[index]
         for i, param in enumerate(group["params"]):
             if param.requires_grad and param.dtype not in PARAM_DTYPES:
-                label = _label(self._count_params(index) + i, group, i)
+                label = label_of(self._count_params(index) + i, group, i)
                 raise TypeError(
                     f"{label} has dtype {param.dtype}; accepted: float32, bfloat16, float16"
                 )
@@ -433,7 +409,7 @@ class FusedOptimizer(Optimizer):
                     refuse_placements(param)
                     self._layout(group, i)
                 except (TypeError, ValueError) as error:
-                    label = _label(self._count_params(index) + i, group, i)
+                    label = label_of(self._count_params(index) + i, group, i)
                     raise type(error)(f"{label}: {error}") from None
         self._checked_hyperparameters(index)
 
@@ -575,7 +551,7 @@ class FusedOptimizer(Optimizer):
         for index, i, number in self._places():
             group = self.param_groups[index]
             param = group["params"][i]
-            name = f"{_label(number, group, i)} of param group {index}"
+            name = f"{label_of(number, group, i)} of param group {index}"
             shape = f"with shape {tuple(param.shape)}"
             params.append((name, shape, str(param.dtype), f"placements {placements_name(param)}"))
             if compares and is_sharded(param):
@@ -691,7 +667,7 @@ class FusedOptimizer(Optimizer):
         values = self._values(group)
         key = (
             *(_identity(value, device) if isinstance(value, Tensor) else value for value in values),
-            *(group["differentiable"], group.get(_FLAG), group["schedule"], count.data_ptr()),
+            *(group["differentiable"], group.get(FLAG), group["schedule"], count.data_ptr()),
         )
         known = self._plans.get(index)
         if known is None or known[0] != key:
@@ -881,7 +857,7 @@ class FusedOptimizer(Optimizer):
     def _current(self, index: int) -> _C.Hyperparameters:
         """The hyperparameters of a group: those of the last step where its values are the same."""
         group = self.param_groups[index]
-        values = (*self._values(group), group["differentiable"], group.get(_FLAG))
+        values = (*self._values(group), group["differentiable"], group.get(FLAG))
         known = self._known.get(index)
         plain = _PLAIN_OR_TUPLE.issuperset(map(type, values))
         if plain and known is not None and known[0] == values:
@@ -970,8 +946,8 @@ class FusedOptimizer(Optimizer):
             grad = self.param_groups[index]["params"][i].grad
             if grad is not None and grad.dtype == torch.float16:
                 warnings.warn(
-                    f"{_label(number, self.param_groups[index], i)} has a float16 gradient and no "
-                    "torch.amp.GradScaler drives the optimizer: below 6e-8 float16 is zero",
+                    f"{label_of(number, self.param_groups[index], i)} has a float16 gradient and "
+                    "no torch.amp.GradScaler drives the optimizer: below 6e-8 float16 is zero",
                     stacklevel=5,  # whoever called step()
                 )
                 self._warned_of_float16 = True
@@ -1099,7 +1075,7 @@ class FusedOptimizer(Optimizer):
                         state if complete else None,
                         layout.state_keys(names),
                         index,
-                        _label(number, group, i),
+                        label_of(number, group, i),
                         counts=self._counts,
                         scalar=self._scalar,
                         fresh=fresh,
@@ -1199,7 +1175,7 @@ class FusedOptimizer(Optimizer):
             lists = self._param_lists()
             index, i, number = next(at for at in self._places() if lists[at[0]][at[1]] is param)
             raise ValueError(
-                f"{_label(number, self.param_groups[index], i)}: placements: found "
+                f"{label_of(number, self.param_groups[index], i)}: placements: found "
                 f"{placements_name(param)} for shape {tuple(param.shape)} and "
                 f"strides {tuple(param.stride())} beside {layout}, which draws random bits by the "
                 "number of an element; accepted: one piece of the whole, cut in its outermost "
@@ -1246,7 +1222,7 @@ class FusedOptimizer(Optimizer):
         self._refuse_swapped("state_dict")
         found = super().state_dict()
         for group in found["param_groups"]:
-            for name in _OF_ALL_GROUPS & group.keys():
+            for name in OF_ALL_GROUPS & group.keys():
                 del group[name]
             if isinstance(group["schedule"], Schedule):
                 group["schedule"] = group["schedule"].describe()
@@ -1286,8 +1262,8 @@ class FusedOptimizer(Optimizer):
                 raise ValueError(
                     f"state_dict: found no {key!r}; accepted: an optimizer's state_dict()"
                 )
-        groups = self._loaded_groups(state_dict["param_groups"])
-        states, unbegun = self._loaded_states(state_dict, groups)
+        groups = loaded_groups(self, state_dict["param_groups"])
+        states, unbegun = loaded_states(self, state_dict, groups)
         if self.ema_decay is None and any(
             EMA in states.get(param, ()) for group in groups for param in group["params"]
         ):
@@ -1298,225 +1274,13 @@ class FusedOptimizer(Optimizer):
             )
         self.__setstate__({"state": states, "param_groups": groups})
         self._unbegun = unbegun
-        self._warn_of_other_masters()
+        warn_of_other_masters(self)
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
-
-    def _loaded_groups(self, saved_groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        if len(saved_groups) != len(self.param_groups):
-            raise ValueError(
-                f"state_dict: found {len(saved_groups)} param groups, "
-                f"accepted: {len(self.param_groups)}"
-            )
-        loaded = []
-        for index, (group, saved) in enumerate(zip(self.param_groups, saved_groups, strict=True)):
-            where = f"state_dict: param group {index}"
-            if "params" not in saved:
-                raise ValueError(f"{where} has no 'params'; accepted: an optimizer's state_dict()")
-            if len(saved["params"]) != len(group["params"]):
-                raise ValueError(
-                    f"{where} has {len(saved['params'])} parameters, "
-                    f"accepted: {len(group['params'])}"
-                )
-            if saved.keys() == {"params"}:  # torch found no saved group for these parameters
-                raise ValueError(
-                    f"{where} has no values: its parameters were saved in other param groups; "
-                    "accepted: the groups that were saved"
-                )
-            missing = sorted(self._group_keys - saved.keys())
-            if missing:
-                raise ValueError(
-                    f"{where} is of another algorithm than {type(self).__name__}: "
-                    f"it has no {', '.join(missing)}"
-                )
-            foreign = sorted((_RULES_KEYS & saved.keys()) - group.keys())
-            if foreign:
-                raise ValueError(
-                    f"{where} is of another algorithm than {type(self).__name__}: "
-                    f"it has {', '.join(foreign)}"
-                )
-            left_out = {"params", *_OF_ALL_GROUPS}
-            new = deepcopy({key: value for key, value in saved.items() if key not in left_out})
-            self._adopt_group(where, group, new)
-            new["params"] = group["params"]
-            if "param_names" in group:
-                new.setdefault("param_names", group["param_names"])
-            try:
-                if isinstance(new["schedule"], Mapping):
-                    new["schedule"] = from_description(new["schedule"])
-                self._hyperparameters(new)
-            except (TypeError, ValueError, RuntimeError) as error:
-                raise type(error)(f"{where}: {error}") from None
-            loaded.append(new)
-        return loaded
-
-    def _adopt_group(self, where: str, group: dict[str, Any], new: dict[str, Any]) -> None:
-        """Completes a loaded group by what torch's checkpoints lack; refuses another convention."""
-        if "decay" not in new:  # a checkpoint of torch, whose flag is younger than its AdamW
-            new["decay"] = decay_of_flag(new[_FLAG]) if _FLAG in new else self._torch_decay(group)
-        if new["decay"] != group["decay"]:
-            raise ValueError(
-                f"{where} has decay {new['decay']!r}, this optimizer {group['decay']!r}: "
-                "the same weight_decay means something else; accepted: the same convention. "
-                + self._equivalent(new, group["decay"])
-            )
-        for key, value in group.items():
-            if key in self.defaults:
-                new.setdefault(key, value)
-
-    def _equivalent(self, saved: dict[str, Any], decay: str) -> str:
-        """The weight decay of a saved group in another convention, as a sentence."""
-        plain_sgd = self._is_plain_sgd(saved)
-        if "l2" in (saved["decay"], decay) and not plain_sgd:
-            return f"There is no equivalent in {decay!r}: 'l2' decays by way of the moments"
-        try:
-            converted = convert_weight_decay(
-                float(saved["weight_decay"]),
-                source=saved["decay"],
-                target=decay,
-                lr=float(saved["lr"]),
-                schedule_multiplier=float(saved.get("schedule_multiplier", 1.0)),
-                plain_sgd=plain_sgd,
-            )
-        except (TypeError, ValueError) as error:
-            return f"There is no equivalent in {decay!r}: {error}"
-        return (
-            f"At its learning rate, weight_decay {saved['weight_decay']} there is "
-            f"{converted:.9g} in {decay!r}"
-        )
 
     def _is_plain_sgd(self, group: dict[str, Any]) -> bool:
         """Whether decay by L2 is a factor of the parameter."""
         return False
-
-    def _loaded_states(
-        self, state_dict: dict[str, Any], groups: list[dict[str, Any]]
-    ) -> tuple[States, set[Tensor]]:
-        """The states, and the parameters of which the first step is still to come."""
-        saved_ids = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
-        members = chain.from_iterable(
-            ((param, group, i) for i, param in enumerate(group["params"])) for group in groups
-        )
-        by_id = {
-            key: (*member, f"state_dict: {_label(index, member[1], member[2])}")
-            for index, (key, member) in enumerate(zip(saved_ids, members, strict=True))
-        }
-        states: States = defaultdict(dict)
-        unbegun = set()
-        for key, saved in state_dict["state"].items():
-            if key not in by_id:
-                states[key] = saved  # not of a parameter: kept as it is, as torch does
-                continue
-            param, group, place, where = by_id[key]
-            saved = dict(_entries(saved))
-            if not saved:
-                continue
-            state, has_begun = self._loaded_state(where, group, place, saved)
-            if state:
-                states[param] = state
-            if state and not has_begun:
-                unbegun.add(param)
-        return states, unbegun
-
-    def _loaded_state(
-        self, where: str, group: dict[str, Any], place: int, saved: dict[str, Any]
-    ) -> tuple[dict[str, Any], bool]:
-        """The state of a parameter, and whether it has taken a step."""
-        param = group["params"][place]
-        names = self._state_names(group)
-        needed = {*names, *(["step"] if self._counts else [])}
-        if self._scalar is not None:
-            needed.add(self._scalar)
-        arrays = [*names, *sorted(self._known_states.difference(names))]
-        uncoded = {code_key(name): name for name in arrays}
-        known = {*needed, *arrays, *map(scale_key, arrays), *BESIDE_KEYS, EMA}
-        found = {uncoded.get(key, key) for key in saved}
-        if not needed <= found <= known:
-            raise ValueError(
-                f"{where} is of another algorithm than {type(self).__name__}: "
-                f"found states {sorted(found)}, accepted: {sorted(needed)}"
-            )
-        state: dict[str, Any] = {}  # in the order of a fresh one, for which graphs are compiled
-        if self._counts:
-            state["step"] = _loaded_scalar(where, "step", saved["step"], torch.float32)
-        if self._scalar is not None:
-            scalar = _loaded_scalar(where, self._scalar, saved[self._scalar], torch.float64)
-            state[self._scalar] = scalar
-        for name in (*arrays, EMA):
-            if name in saved:
-                _check_loaded(f"{where}: '{name}'", saved[name], param)
-        saved = self._localized(where, saved, param)
-        local = local_of(param)
-        average = {}
-        if EMA in saved:
-            ema = saved[EMA].detach().to(local.device, torch.float32, copy=True)
-            average[EMA] = wrapped(ema, param)
-        present = states_in(saved, arrays)
-        if param.dtype not in PARAM_DTYPES:  # which nothing steps
-            state |= {name: saved[name] for name in arrays if name in saved}
-            return state | average, True
-        layout = self._layout(group, place)
-        try:
-            if not self._has_begun(group, saved):
-                return self._first_state(param, group, layout), False
-            converted = convert_state(
-                saved, local, present, [STATE_KINDS[name] for name in present], layout
-            )
-            master = saved.get(MASTER) if layout.beside not in ("", "master") else None
-            if master is not None and not is_master_of(master.to(local.device), local):
-                raise ValueError(
-                    f"'{MASTER}': found other values than the parameter's, accepted: those of the "
-                    f"parameter, to which it is converted ({layout}); load the model first"
-                )
-        except ValueError as error:
-            raise ValueError(f"{where}: {error}") from None
-        return state | wrapped_state(converted, param) | average, True
-
-    def _has_begun(self, group: dict[str, Any], saved: dict[str, Any]) -> bool:
-        """Whether a saved state is of a parameter that has taken a step.
-
-        Of rules that count no steps the group's count tells, and where that was reset the arrays.
-        """
-        if float(saved["step"] if self._counts else group["schedule_step"]) > 0:
-            return True
-        names = self._state_names(group)
-        decoded = decoded_states(saved, names, [STATE_KINDS[name] for name in names])
-        return not all(
-            torch.allclose(x, x.new_tensor(self._initial_value(name, group)), rtol=2**-7, atol=0)
-            for name, x in decoded.items()
-        )
-
-    def _warn_of_other_masters(self) -> None:
-        others = [
-            _label(number, self.param_groups[index], i)
-            for index, i, number in self._places()
-            for param in self.param_groups[index]["params"][i : i + 1]
-            if param not in self._unbegun
-            and MASTER in self._state.get(param, ())
-            and not is_master_of(local_of(self._state[param][MASTER]), local_of(param))
-        ]
-        if others:
-            warnings.warn(
-                f"state_dict: {others[0]}"
-                + f" and {len(others) - 1} more" * (len(others) > 1)
-                + f": '{MASTER}' has other values than the parameter, and the next step goes on"
-                " from it; accepted: the parameter's values, or a model that is loaded later",
-                stacklevel=3,  # whoever called load_state_dict()
-            )
-
-    def _localized(self, where: str, saved: dict[str, Any], param: Tensor) -> dict[str, Any]:
-        """A saved state with this rank's part of every array, of DTensors or of whole tensors.
-
-        Raises:
-            ValueError: a DTensor with other placements than the parameter's.
-        """
-        for name, value in saved.items():
-            if is_sharded(value) and not (is_sharded(param) and same_layout(value, param)):
-                raise ValueError(
-                    f"{where}: '{name}' has placements {placements_name(value)}, accepted: the "
-                    f"parameter's, {placements_name(param)}"
-                )
-        return localized_state(saved, param)
 
     def export_fp32_state(self) -> dict[str, Any]:
         """A `state_dict` as torch's optimizer of the rule has it: float32 states, no codes.
@@ -1582,8 +1346,6 @@ class FusedOptimizer(Optimizer):
         super().__setstate__(state)
         self._give_up_registered()
         self._known = {}
-        self._plans = {}
-        self._positions = {}
         if "_measurements" not in self.__dict__:  # a copy
             self._measurements = Measurements()
             self._swapped = False
@@ -1685,64 +1447,7 @@ def _exchange_back(param: Tensor, ema: Tensor, former: Tensor | None) -> None:
         local_of(param).copy_(former)
 
 
-def decay_of_flag(decoupled: bool, decay: str | None = None) -> str:
-    """The convention that torch's flag names, or the one given, which the flag must not deny.
-
-    Raises:
-        ValueError: the flag beside "l2".
-    """
-    if decay is None:
-        return "lr" if decoupled else "l2"
-    if decoupled and decay == "l2":
-        raise ValueError(
-            f"{_FLAG}: found {decoupled!r} beside decay {decay!r}, accepted: only one of them"
-        )
-    return decay
-
-
 def _is_plain(value: Any) -> bool:
     """Whether a value cannot change in place, as a tensor can."""
     kind = type(value)
     return kind in _PLAIN or (kind is tuple and all(type(item) in _PLAIN for item in value))
-
-
-def _label(index: int, group: dict[str, Any], place: int) -> str:
-    names = group.get("param_names")
-    return f"parameter {index}" + (f" ('{names[place]}')" if names else "")
-
-
-def _entries(saved: dict[str, Any]) -> Iterator[tuple[str, Any]]:
-    """What is in a saved state, or in a dict within it: [note: flat state dicts] in checkpoint.py.
-
-    torch's SGD of old saved a buffer of None.
-    """
-    for name, value in saved.items():
-        if isinstance(value, dict):
-            yield from value.items()
-        elif value is not None:
-            yield name, value
-
-
-def _loaded_scalar(where: str, name: str, value: Any, dtype: torch.dtype) -> Tensor:
-    try:
-        number = float(value)
-    except (RuntimeError, TypeError, ValueError):
-        found = (
-            f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
-        )
-        raise ValueError(f"{where} has a {name} of {found}, accepted: one number") from None
-    if not 0 <= number < math.inf:
-        raise ValueError(f"{where} has a {name} of {number}, accepted: a finite number >= 0")
-    return torch.tensor(number, dtype=dtype)
-
-
-def _check_loaded(where: str, value: Any, param: Tensor) -> None:
-    if not isinstance(value, Tensor):
-        raise ValueError(f"{where} is a {type(value).__name__}, accepted: a tensor")
-    if value.shape != param.shape:
-        raise ValueError(f"{where} has shape {tuple(value.shape)}, accepted: {tuple(param.shape)}")
-    if not value.is_floating_point() or value.layout != torch.strided or value.is_meta:
-        raise ValueError(
-            f"{where} has dtype {value.dtype} and layout {value.layout} on {value.device}, "
-            "accepted: a dense floating-point tensor with memory"
-        )

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from types import MappingProxyType
 from typing import Any
 
 from torch import Tensor
 from typing_extensions import Unpack
 
 from fused_adamw import _C
-from fused_adamw.optimizer import FusedOptimizer, Options
+from fused_adamw.optimizer import FusedOptimizer
+from fused_adamw.param_groups import Options
 
 
 class FusedSGD(FusedOptimizer):
@@ -51,6 +53,7 @@ class FusedSGD(FusedOptimizer):
     _rule = "sgd"
     _group_keys = frozenset({"lr", "momentum", "dampening", "weight_decay", "nesterov"})
     _known_states = frozenset({"momentum_buffer"})
+    _torch_values = MappingProxyType({"lr_in_momentum": False})  # of its buffer
     _counts = False
 
     def __init__(
@@ -95,10 +98,6 @@ class FusedSGD(FusedOptimizer):
                 f"{group['dampening']}, accepted: with a momentum > 0 and no dampening"
             )
         return found
-
-    def _adopt_group(self, where: str, group: dict[str, Any], new: dict[str, Any]) -> None:
-        new.setdefault("lr_in_momentum", False)  # torch's buffer
-        super()._adopt_group(where, group, new)
 
     def _is_plain_sgd(self, group: dict[str, Any]) -> bool:
         return bool(group["momentum"] == 0)

@@ -17,7 +17,8 @@ from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from fused_adamw import _C
-from fused_adamw.optimizer import FusedOptimizer, Place
+from fused_adamw.optimizer import FusedOptimizer
+from fused_adamw.param_groups import Place
 from fused_adamw.shards import is_sharded
 
 _FUNCTIONS = sys.modules[torch.autograd.Function.__module__].__file__
