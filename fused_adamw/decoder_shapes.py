@@ -182,7 +182,10 @@ def shapes_of(config: Mapping[str, Any]) -> list[Shape]:
             tied=flag("tie_word_embeddings", True),
         )
     if model_type not in _LIKE_LLAMA:
-        raise ValueError(f"model_type: found {model_type!r}, accepted: {', '.join(MODEL_TYPES)}")
+        raise ValueError(
+            f"model_type: found {model_type!r}, accepted: {', '.join(MODEL_TYPES)}; with "
+            "transformers installed, all that it knows"
+        )
     width, heads = number("hidden_size"), number("num_attention_heads")
     normed = model_type == "qwen3"
     head = number("head_dim", None if normed else width // heads)

@@ -12,13 +12,14 @@ import statistics
 import time
 from collections.abc import Iterator, Sequence
 from decimal import Decimal, InvalidOperation
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
 from fused_adamw import checks
-from fused_adamw.decoder_shapes import MODELS, Shape, shapes_of
+from fused_adamw.decoder_shapes import MODEL_TYPES, MODELS, Shape, shapes_of
 from fused_adamw.memory_report import MemoryReport, PlannedTensor, memory_report
 from fused_adamw.precision import BLOCK, PRECISIONS, layout_of
 from fused_adamw.shards import block_split
@@ -114,7 +115,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     model = parser.add_mutually_exclusive_group(required=True)
     model.add_argument("--model", choices=list(MODELS), help="one that is known by name")
     model.add_argument(
-        "--config", type=Path, metavar="FILE", help="config.json of a decoder, as of transformers"
+        "--config", type=Path, metavar="FILE", help="config.json of a model of transformers"
     )
     model.add_argument("--params", metavar="N", help="a number of parameters: 7e9, 70B")
     option = parser.add_argument
@@ -204,11 +205,21 @@ def _shapes(parsed: argparse.Namespace) -> list[Shape]:
         config = json.loads(parsed.config.read_text())
         if not isinstance(config, dict):
             raise ValueError(f"found {type(config).__name__}, accepted: an object of JSON")
-        return shapes_of(config)
+        return _shapes_of_any(config)
     except OSError as error:
         raise ValueError(f"--config: {error}") from None
     except ValueError as error:
         raise ValueError(f"--config: {parsed.config}: {error}") from None
+
+
+def _shapes_of_any(config: dict[str, Any]) -> list[Shape]:
+    """Of a model that is known here, or that transformers knows."""
+    kind = config.get("model_type")
+    if not isinstance(kind, str) or kind in MODEL_TYPES or find_spec("transformers") is None:
+        return shapes_of(config)
+    from fused_adamw import transformers_shapes  # which takes long to import
+
+    return transformers_shapes.shapes_of(config)
 
 
 def _number(text: str) -> int:

@@ -37,6 +37,7 @@ IMPORTS = {
     "fused_adamw/reference_formats.py": r"(numpy|fused_adamw\.reference)(\..*)?",
     "fused_adamw/schedules.py": r"fused_adamw\.checks",  # no library's arithmetic
     "fused_adamw/plot_schedule.py": r"(matplotlib|fused_adamw)(\..*)?",  # where it is installed
+    "fused_adamw/transformers_shapes.py": r"(torch|transformers|fused_adamw)(\..*)?",  # likewise
     "fused_adamw/**/*.py": r"(torch|numpy|triton|typing_extensions|fused_adamw)(\..*)?",
     # Other projects at will, of ours the public names.
     "examples/**/*.py": r"(?!fused_adamw\b|tests\b|bench\b).*",

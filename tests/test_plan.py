@@ -222,6 +222,113 @@ def test_a_configuration_from_a_file(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert "596,049,920 parameters" in out
 
 
+# By the config.json and the published size of "mistralai/Mixtral-8x7B-v0.1", "google/gemma-2-2b",
+# "google-bert/bert-base-uncased" and "EleutherAI/gpt-neox-20b".
+OF_TRANSFORMERS = {
+    "mixtral": (
+        {
+            "architectures": ["MixtralForCausalLM"],
+            "hidden_size": 4096,
+            "intermediate_size": 14336,
+            "num_attention_heads": 32,
+            "num_hidden_layers": 32,
+            "num_key_value_heads": 8,
+            "num_local_experts": 8,
+            "tie_word_embeddings": False,
+            "vocab_size": 32000,
+        },
+        46_702_792_704,
+    ),
+    "gemma2": (
+        {
+            "architectures": ["Gemma2ForCausalLM"],
+            "head_dim": 256,
+            "hidden_size": 2304,
+            "intermediate_size": 9216,
+            "num_attention_heads": 8,
+            "num_hidden_layers": 26,
+            "num_key_value_heads": 4,
+            "vocab_size": 256000,
+        },
+        2_614_341_888,
+    ),
+    "bert": ({"architectures": ["BertForMaskedLM"], "vocab_size": 30522}, 109_514_298),
+    "gpt_neox": (
+        {
+            "hidden_size": 6144,
+            "intermediate_size": 24576,
+            "num_attention_heads": 64,
+            "num_hidden_layers": 44,
+            "vocab_size": 50432,
+        },
+        20_554_567_680,
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", OF_TRANSFORMERS)
+def test_any_configuration_of_transformers(
+    kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("transformers")
+    config, numel = OF_TRANSFORMERS[kind]
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({"model_type": kind, **config}))
+    out = run(capsys, "--config", str(path), "--precision", "8bit", "--bandwidth", "1000")
+    assert f"{numel:,} parameters" in out
+
+
+def test_frozen_parameters_and_single_numbers_of_transformers() -> None:
+    transformers: Any = pytest.importorskip("transformers")
+    from fused_adamw import transformers_shapes
+
+    heads = {"encoder_attention_heads": 4, "decoder_attention_heads": 4}
+    size = {"d_model": 64, "encoder_layers": 1, "decoder_layers": 1, **heads}
+    whisper = {"model_type": "whisper", "architectures": ["WhisperForConditionalGeneration"]}
+    model = transformers.WhisperForConditionalGeneration(transformers.WhisperConfig(**size))
+    frozen = [param for param in model.parameters() if not param.requires_grad]
+    assert frozen
+    shapes = transformers_shapes.shapes_of({**whisper, **size})
+    assert len(shapes) == len(list(model.parameters())) - len(frozen)
+    clip = transformers_shapes.shapes_of({"model_type": "clip", "architectures": ["CLIPModel"]})
+    assert (1,) in clip  # its temperature
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        ({"model_type": "bart-8"}, "transformers refuses it: ValueError: Unrecognized model"),
+        ({"model_type": "bert", "hidden_size": "wide"}, "refuses it: Strict"),
+        ({"model_type": "bert", "architectures": "Bert"}, None),
+        ({"model_type": "clip", "architectures": ["logging"]}, "refuses it: ValueError"),
+    ],
+)
+def test_bad_configurations_of_transformers(
+    config: dict[str, Any],
+    words: str | None,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    pytest.importorskip("transformers")
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(config))
+    if words is None:
+        assert "parameters over" in run(capsys, "--config", str(path), "--bandwidth", "1000")
+    else:
+        assert words in refused(capsys, "--config", str(path))
+
+
+def test_without_transformers_others_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(plan, "find_spec", lambda name: None)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({"model_type": "bert"}))
+    message = refused(capsys, "--config", str(path))
+    assert "model_type: found 'bert', accepted: llama" in message
+    assert "with transformers installed" in message
+
+
 def test_the_bandwidth_is_measured(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -261,8 +368,8 @@ def test_bad_options_are_named(
         ("{", "Expecting"),
         ("[]", "found list"),
         (
-            json.dumps({**QWEN3_600M, "model_type": "bert"}),
-            "model_type: found 'bert', accepted: llama",
+            json.dumps({**QWEN3_600M, "model_type": 3}),
+            "model_type: found 3, accepted: llama, mistral, qwen2, qwen3, gpt2; with transformers",
         ),
         (json.dumps({**QWEN3_600M, "hidden_size": "wide"}), "hidden_size: found 'wide'"),
         (json.dumps({"model_type": "gpt2", "n_layer": 2}), "n_embd: found None"),
