@@ -139,9 +139,22 @@ MODELS: Mapping[str, Mapping[str, Any]] = {
 }
 """Configurations by name, as far as shapes follow from them."""
 
-_LIKE_LLAMA = ("llama", "mistral", "qwen2", "qwen3")
-MODEL_TYPES = (*_LIKE_LLAMA, "gpt2")
-"""What `shapes_of` knows, as transformers calls it."""
+MODEL_TYPES = {
+    "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+    "gpt2": "GPT2LMHeadModel",
+}
+"""What `shapes_of` knows, as transformers calls it: the types, and the class of each."""
+
+
+def is_known(config: Mapping[str, Any]) -> bool:
+    """Whether a configuration is of a class of `MODEL_TYPES`, or does not say of which."""
+    model_type: Any = config.get("model_type")
+    if not isinstance(model_type, str) or model_type not in MODEL_TYPES:
+        return False
+    return not config.get("architectures") or config["architectures"] == [MODEL_TYPES[model_type]]
 
 
 def shapes_of(config: Mapping[str, Any]) -> list[Shape]:
@@ -151,8 +164,8 @@ def shapes_of(config: Mapping[str, Any]) -> list[Shape]:
         config: as in a config.json of transformers.
 
     Raises:
-        ValueError: a model type that is not one of `MODEL_TYPES`, a number that is missing or is
-            none, or cross-attention; it names the key.
+        ValueError: a model that is not one of `MODEL_TYPES`, a number that is missing or is none,
+            or cross-attention; it names the key.
     """
 
     def number(key: str, default: int | None = None) -> int:
@@ -169,6 +182,13 @@ def shapes_of(config: Mapping[str, Any]) -> list[Shape]:
         return value
 
     model_type = config.get("model_type")
+    if not is_known(config):
+        one = MODEL_TYPES.get(str(model_type))
+        key, accepted = ("architectures", [one]) if one else ("model_type", ", ".join(MODEL_TYPES))
+        raise ValueError(
+            f"{key}: found {config.get(key)!r}, accepted: {accepted}; with transformers installed, "
+            "all that it knows"
+        )
     if model_type == "gpt2":
         if flag("add_cross_attention"):
             raise ValueError("add_cross_attention: found True, accepted: False")
@@ -180,11 +200,6 @@ def shapes_of(config: Mapping[str, Any]) -> list[Shape]:
             context=number("n_positions"),
             hidden=number("n_inner", 4 * width),
             tied=flag("tie_word_embeddings", True),
-        )
-    if model_type not in _LIKE_LLAMA:
-        raise ValueError(
-            f"model_type: found {model_type!r}, accepted: {', '.join(MODEL_TYPES)}; with "
-            "transformers installed, all that it knows"
         )
     width, heads = number("hidden_size"), number("num_attention_heads")
     normed = model_type == "qwen3"

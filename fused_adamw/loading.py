@@ -1,6 +1,6 @@
 """From a state dict to param groups and states: an optimizer's own, torch's, and other formats'.
 
-Nothing here changes the optimizer: what is refused leaves it as it was.
+`loaded_groups` and `loaded_states` change nothing: what they refuse leaves the optimizer as it was.
 """
 
 from __future__ import annotations

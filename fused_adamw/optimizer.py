@@ -1,4 +1,4 @@
-"""What every optimizer of the library shares: registration, the step, states."""
+"""What every optimizer of the library shares: registration, the step, checkpoints."""
 
 from __future__ import annotations
 
@@ -1058,7 +1058,10 @@ class FusedOptimizer(Optimizer):
                         initial = self._initial_state(param, group, names, layout)
                         self._state[param].update(initial)
                     if joins:
-                        self._state[param].update(self._initial_beside(param, layout))
+                        completed = self._state[param]
+                        completed.update(self._initial_beside(param, layout))
+                        if EMA in completed:  # it comes last: graphs are compiled for one order
+                            completed[EMA] = completed.pop(EMA)
                     if unaveraged:
                         self._state[param][EMA] = self._full_value(param, layout)
                 state = self._state.get(param) or {}

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import torch
 
 from fused_adamw import checks
-from fused_adamw.decoder_shapes import MODEL_TYPES, MODELS, Shape, shapes_of
+from fused_adamw.decoder_shapes import MODELS, Shape, is_known, shapes_of
 from fused_adamw.memory_report import MemoryReport, PlannedTensor, memory_report
 from fused_adamw.precision import BLOCK, PRECISIONS, layout_of
 from fused_adamw.shards import block_split
@@ -214,11 +214,13 @@ def _shapes(parsed: argparse.Namespace) -> list[Shape]:
 
 def _shapes_of_any(config: dict[str, Any]) -> list[Shape]:
     """Of a model that is known here, or that transformers knows."""
-    kind = config.get("model_type")
-    if not isinstance(kind, str) or kind in MODEL_TYPES or find_spec("transformers") is None:
+    names_one = isinstance(config.get("model_type"), str)
+    if is_known(config) or not names_one or find_spec("transformers") is None:
         return shapes_of(config)
-    from fused_adamw import transformers_shapes  # which takes long to import
-
+    try:
+        from fused_adamw import transformers_shapes  # which takes long to import
+    except ImportError as error:
+        raise ValueError(f"found a model that transformers may know: {error}") from error
     return transformers_shapes.shapes_of(config)
 
 

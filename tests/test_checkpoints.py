@@ -225,21 +225,26 @@ def test_every_class_exchanges_checkpoints(
     assert_as_near_as(numbers_of(continued, params), *ends)
 
 
+@pytest.mark.parametrize("precision", ["bf16", "master"])
 @pytest.mark.parametrize(("drop_in", "options"), CASES, ids=in_id)
 def test_a_loaded_state_has_the_order_of_a_fresh_one(
-    drop_in: DropIn, options: dict[str, Any]
+    drop_in: DropIn, options: dict[str, Any], precision: str
 ) -> None:
     """Whatever that of the checkpoint is: graphs are compiled for one order."""
     params = params_in(torch.bfloat16)
-    optimizer = drop_in.ours(params, **options, precision="master", ema_decay=0.5)
-    train_in(optimizer, params, range(2))
-    fresh = [list(optimizer.state[param]) for param in params]
-    checkpoint = saved(optimizer.state_dict())
-    checkpoint["state"] = {
-        i: dict(reversed(state.items())) for i, state in checkpoint["state"].items()
-    }
-    optimizer.load_state_dict(checkpoint)
-    assert [list(optimizer.state[param]) for param in params] == fresh
+    begun = drop_in.ours(params, **options, precision=precision, ema_decay=0.5)
+    train_in(begun, params, range(2))
+    checkpoint = saved(begun.state_dict())
+    states = checkpoint["state"].items()
+    checkpoint["state"] = {i: dict(reversed(state.items())) for i, state in states}
+    loaded, fresh = (
+        drop_in.ours(params, **options, precision="master", ema_decay=0.5) for _ in range(2)
+    )
+    loaded.load_state_dict(checkpoint)
+    for optimizer in (loaded, fresh):
+        train_in(optimizer, params, range(2))
+    for param in params:
+        assert list(loaded.state[param]) == list(fresh.state[param])
 
 
 def train_in(optimizer: Optimizer, params: list[Any], steps: range) -> None:

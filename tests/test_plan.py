@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import on_ranks
 import pytest
 import torch
 
+import fused_adamw
 from fused_adamw import FusedAdamW, __main__, plan
 from fused_adamw.decoder_shapes import MODELS, shapes_of
 
@@ -299,23 +301,70 @@ def test_frozen_parameters_and_single_numbers_of_transformers() -> None:
     [
         ({"model_type": "bart-8"}, "transformers refuses it: ValueError: Unrecognized model"),
         ({"model_type": "bert", "hidden_size": "wide"}, "refuses it: Strict"),
-        ({"model_type": "bert", "architectures": "Bert"}, None),
-        ({"model_type": "clip", "architectures": ["logging"]}, "refuses it: ValueError"),
+        ({"model_type": "bert", "architectures": "Bert"}, "architectures: found 'Bert'"),
+        ({"model_type": "bert", "architectures": 3}, "architectures: found 3"),
+        ({"model_type": "bert", "architectures": [None]}, "architectures: found [None]"),
+        ({"model_type": "bert", "architectures": ["logging"]}, "architectures: found ['logging']"),
+        ({"model_type": "clip"}, "; architectures may name the model's class"),
+        ({"model_type": "bert", "architectures": ["PreTrainedModel"]}, "found no parameters"),
     ],
 )
 def test_bad_configurations_of_transformers(
     config: dict[str, Any],
-    words: str | None,
+    words: str,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     pytest.importorskip("transformers")
     path = tmp_path / "config.json"
     path.write_text(json.dumps(config))
-    if words is None:
-        assert "parameters over" in run(capsys, "--config", str(path), "--bandwidth", "1000")
-    else:
-        assert words in refused(capsys, "--config", str(path))
+    assert words in refused(capsys, "--config", str(path))
+
+
+def test_a_configuration_runs_no_code_of_its_own(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor asks whether it may."""
+    pytest.importorskip("transformers")
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    ran = tmp_path / "ran"
+    (tmp_path / "modeling.py").write_text(f"open({str(ran)!r}, 'w')\nclass X: pass\n")
+    config = {
+        "model_type": "vit",
+        "auto_map": {"AutoModelForCausalLM": "modeling.X"},
+        "_name_or_path": str(tmp_path),
+    }
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(config))
+    assert "transformers refuses it" in refused(capsys, "--config", str(path))
+    assert not ran.exists()
+
+
+def test_another_class_of_a_known_model(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has no output layer, but one of two numbers."""
+    pytest.importorskip("transformers")
+    path = tmp_path / "config.json"
+    name = "Qwen3ForSequenceClassification"
+    path.write_text(json.dumps({**QWEN3_600M, "architectures": [name], "num_labels": 2}))
+    out = run(capsys, "--config", str(path), "--bandwidth", "1000")
+    assert f"{596_049_920 + 2 * QWEN3_600M['hidden_size']:,d} parameters" in out
+    monkeypatch.setattr(plan, "find_spec", lambda name: None)
+    message = refused(capsys, "--config", str(path))
+    assert f"architectures: found ['{name}'], accepted: ['Qwen3ForCausalLM']" in message
+
+
+def test_transformers_that_cannot_be_imported(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(plan, "find_spec", lambda name: object())
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    monkeypatch.delitem(sys.modules, "fused_adamw.transformers_shapes", raising=False)
+    monkeypatch.delattr(fused_adamw, "transformers_shapes", raising=False)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({"model_type": "bert"}))
+    assert "import of transformers halted" in refused(capsys, "--config", str(path))
 
 
 def test_without_transformers_others_are_refused(
