@@ -151,10 +151,8 @@ MODEL_TYPES = {
 
 def is_known(config: Mapping[str, Any]) -> bool:
     """Whether a configuration is of a class of `MODEL_TYPES`, or does not say of which."""
-    model_type: Any = config.get("model_type")
-    if not isinstance(model_type, str) or model_type not in MODEL_TYPES:
-        return False
-    return not config.get("architectures") or config["architectures"] == [MODEL_TYPES[model_type]]
+    known, names = MODEL_TYPES.get(str(config.get("model_type"))), config.get("architectures")
+    return known is not None and (not names or names == [known])
 
 
 def shapes_of(config: Mapping[str, Any]) -> list[Shape]:

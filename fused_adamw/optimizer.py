@@ -506,18 +506,6 @@ class FusedOptimizer(Optimizer):
         self, device: torch.device | None, registered: RegisteredList | None
     ) -> Ranks | None:
         """The ranks that the step has to do with; they meet as said in [note: meetings]."""
-        home = device
-        if home is None:
-            home = next((p.device for g in self.param_groups for p in g["params"]), _HOST)
-
-        def begin(ranks: Ranks | None) -> Ranks | None:
-            if ranks is not None:
-                measures = self.max_grad_norm is not None or self.skip_nonfinite
-                scaled = "found_inf" in self.__dict__
-                say = functools.partial(self._said_to_ranks, device)
-                ranks.begin(measures, scaled, home, say, on_device=device is not None)
-            return ranks
-
         groups = self.norm_process_groups
         if registered is None or self._ranks_known[1] is not groups:
             known, params = self._ranks_known[0], [*chain.from_iterable(self._param_lists())]
@@ -526,13 +514,27 @@ class FusedOptimizer(Optimizer):
                 try:
                     found = Ranks(params, check_process_groups(groups), self._ranks)
                 except Exception as error:
-                    former = begin(self._ranks)
-                    if former is not None:
-                        former.fail(error)
+                    if self._ranks is not None:
+                        self._begin_meeting(self._ranks, device)
+                        self._ranks.fail(error)
                     raise
                 self._ranks = found if found.are_met else None
                 self._ranks_known = params, groups
-        return begin(self._ranks)
+        if self._ranks is not None:
+            self._begin_meeting(self._ranks, device)
+        return self._ranks
+
+    def _begin_meeting(self, ranks: Ranks, device: torch.device | None) -> None:
+        home = device
+        if home is None:
+            home = next((p.device for g in self.param_groups for p in g["params"]), _HOST)
+        ranks.begin(
+            self.max_grad_norm is not None or self.skip_nonfinite,
+            "found_inf" in self.__dict__,
+            home,
+            functools.partial(self._said_to_ranks, device),
+            on_device=device is not None,
+        )
 
     def _said_to_ranks(self, device: torch.device | None) -> Said:
         """What must be the same on all ranks."""
@@ -1418,7 +1420,7 @@ def _said(value: Any) -> str:
         return repr(value.tolist()) if value.device.type == "cpu" else f"a {value.dtype} tensor"
     if isinstance(value, Schedule):
         return repr(value.describe())
-    if isinstance(value, numbers.Real) and value is not True and value is not False:
+    if not isinstance(value, bool) and isinstance(value, numbers.Real):
         value = float(value)  # of whatever type
     text = "a function" if callable(value) else repr(value)
     return f"a {type(value).__name__}" if " at 0x" in text else text  # which is another's elsewhere

@@ -59,6 +59,13 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     return capsys.readouterr().err
 
 
+def written(folder: Path, config: str) -> str:
+    """The path of a configuration's file."""
+    path = folder / "config.json"
+    path.write_text(config)
+    return str(path)
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_models_have_their_published_size(name: str) -> None:
     assert sum(map(math.prod, shapes_of(MODELS[name]))) == PUBLISHED[name]
@@ -218,9 +225,8 @@ def test_columns_stay_apart_and_small_numbers_are_not_zero(
 
 
 def test_a_configuration_from_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path = tmp_path / "config.json"
-    path.write_text(json.dumps(QWEN3_600M))
-    out = run(capsys, "--config", str(path), "--precision", "8bit", "--bandwidth", "1000")
+    path = written(tmp_path, json.dumps(QWEN3_600M))
+    out = run(capsys, "--config", path, "--precision", "8bit", "--bandwidth", "1000")
     assert "596,049,920 parameters" in out
 
 
@@ -274,9 +280,8 @@ def test_any_configuration_of_transformers(
 ) -> None:
     pytest.importorskip("transformers")
     config, numel = OF_TRANSFORMERS[kind]
-    path = tmp_path / "config.json"
-    path.write_text(json.dumps({"model_type": kind, **config}))
-    out = run(capsys, "--config", str(path), "--precision", "8bit", "--bandwidth", "1000")
+    path = written(tmp_path, json.dumps({"model_type": kind, **config}))
+    out = run(capsys, "--config", path, "--precision", "8bit", "--bandwidth", "1000")
     assert f"{numel:,} parameters" in out
 
 
@@ -316,9 +321,8 @@ def test_bad_configurations_of_transformers(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     pytest.importorskip("transformers")
-    path = tmp_path / "config.json"
-    path.write_text(json.dumps(config))
-    assert words in refused(capsys, "--config", str(path))
+    path = written(tmp_path, json.dumps(config))
+    assert words in refused(capsys, "--config", path)
 
 
 def test_a_configuration_runs_no_code_of_its_own(
@@ -334,9 +338,8 @@ def test_a_configuration_runs_no_code_of_its_own(
         "auto_map": {"AutoModelForCausalLM": "modeling.X"},
         "_name_or_path": str(tmp_path),
     }
-    path = tmp_path / "config.json"
-    path.write_text(json.dumps(config))
-    assert "transformers refuses it" in refused(capsys, "--config", str(path))
+    path = written(tmp_path, json.dumps(config))
+    assert "transformers refuses it" in refused(capsys, "--config", path)
     assert not ran.exists()
 
 
@@ -345,13 +348,13 @@ def test_another_class_of_a_known_model(
 ) -> None:
     """It has no output layer, but one of two numbers."""
     pytest.importorskip("transformers")
-    path = tmp_path / "config.json"
     name = "Qwen3ForSequenceClassification"
-    path.write_text(json.dumps({**QWEN3_600M, "architectures": [name], "num_labels": 2}))
-    out = run(capsys, "--config", str(path), "--bandwidth", "1000")
+    config = {**QWEN3_600M, "architectures": [name], "num_labels": 2}
+    path = written(tmp_path, json.dumps(config))
+    out = run(capsys, "--config", path, "--bandwidth", "1000")
     assert f"{596_049_920 + 2 * QWEN3_600M['hidden_size']:,d} parameters" in out
     monkeypatch.setattr(plan, "find_spec", lambda name: None)
-    message = refused(capsys, "--config", str(path))
+    message = refused(capsys, "--config", path)
     assert f"architectures: found ['{name}'], accepted: ['Qwen3ForCausalLM']" in message
 
 
@@ -362,18 +365,16 @@ def test_transformers_that_cannot_be_imported(
     monkeypatch.setitem(sys.modules, "transformers", None)
     monkeypatch.delitem(sys.modules, "fused_adamw.transformers_shapes", raising=False)
     monkeypatch.delattr(fused_adamw, "transformers_shapes", raising=False)
-    path = tmp_path / "config.json"
-    path.write_text(json.dumps({"model_type": "bert"}))
-    assert "import of transformers halted" in refused(capsys, "--config", str(path))
+    path = written(tmp_path, json.dumps({"model_type": "bert"}))
+    assert "import of transformers halted" in refused(capsys, "--config", path)
 
 
 def test_without_transformers_others_are_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(plan, "find_spec", lambda name: None)
-    path = tmp_path / "config.json"
-    path.write_text(json.dumps({"model_type": "bert"}))
-    message = refused(capsys, "--config", str(path))
+    path = written(tmp_path, json.dumps({"model_type": "bert"}))
+    message = refused(capsys, "--config", path)
     assert "model_type: found 'bert', accepted: llama" in message
     assert "with transformers installed" in message
 
@@ -436,9 +437,8 @@ def test_bad_options_are_named(
 def test_bad_configurations_are_named(
     text: str, words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    path = tmp_path / "config.json"
-    path.write_text(text)
-    message = refused(capsys, "--config", str(path))
+    path = written(tmp_path, text)
+    message = refused(capsys, "--config", path)
     assert words in message
     assert "--config" in message
 
